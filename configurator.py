@@ -1,0 +1,87 @@
+"""Settings of a script, from config files and from the command line, checked.
+
+    python train.py config/quickstart.py --d_model=256 --target_l0_fraction=1/32
+
+A script's settings are its module-level globals, and `configure(globals())` changes them in the order given: a bare
+argument is a config file (Python that assigns to settings), `--key=value` is one setting. A key that the script does not
+have, or a value of another type than the default's, ends the script: a misspelt setting never runs silently.
+"""
+import difflib
+import os
+import sys
+from fractions import Fraction
+
+
+def fail(message):
+    """End the script the way every user error ends: one line on stderr, exit status 2 (under torchrun, one per node)."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def settings_of(namespace):
+    """The settings among a script's globals: lower-case names of a bool, an int, a float or a string."""
+    return {k: v for k, v in namespace.items()
+            if k.islower() and not k.startswith("_") and type(v) in (bool, int, float, str)}
+
+
+def configure(settings, argv=None):
+    """Override `settings` (a script's globals()) in place from `argv` (default: the command line).
+
+    Returns the set of names that were set. Ends the script with one line (see `fail`) on an unknown key, a wrong type,
+    an unreadable file or an argument that is neither a file nor `--key=value`.
+    """
+    known = settings_of(settings)
+    chosen = {}
+    for arg in sys.argv[1:] if argv is None else argv:
+        key, equals, text = arg.removeprefix("--").partition("=")
+        if not arg.startswith("-"):
+            for key, value in run_config_file(arg).items():
+                chosen[key] = check(key, value, known, where=f" (in {arg})")
+        elif arg.startswith("--") and equals:
+            chosen[key] = check(key, parse(text, known.get(key)), known)
+        else:
+            fail(f"cannot read the argument {arg!r}: write --key=value, or the name of a config file; "
+                 "each setting is explained at the top of the script")
+    settings.update(chosen)
+    return set(chosen)
+
+
+def run_config_file(path):
+    """Run the Python file at `path`; return what it assigned. Names with a leading underscore and modules stay private."""
+    namespace = {}
+    try:
+        with open(path, encoding="utf-8") as f:
+            exec(compile(f.read(), path, "exec"), namespace)
+    except OSError as e:
+        fail(f"cannot read the config file {path}: {e.strerror}")
+    except Exception as e:
+        fail(f"the config file {path} does not run: {type(e).__name__}: {e}".replace("\n", " "))
+    return {k: v for k, v in namespace.items() if not k.startswith("_") and type(v) is not type(os)}
+
+
+def parse(text, default):
+    """Read `text` as a value of the default's type. Text that is no such value comes back unread, for `check` to report."""
+    try:
+        if type(default) is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if type(default) is int:
+            return int(text)
+        if type(default) is float:
+            return float(Fraction(text))  # also reads 1/64
+    except (KeyError, ValueError, ZeroDivisionError, OverflowError):
+        pass
+    return text
+
+
+def check(key, value, known, where=""):
+    """Return `value` if it may be assigned to setting `key`, an int as a float where a float is due; else end the script."""
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0)
+        fail(f"unknown setting {key!r}{where}: the closest that exists is {close[0]!r}")
+    expected = type(known[key])
+    if expected is float and type(value) is int:
+        return float(value)
+    if type(value) is not expected:
+        fail(f"{key}={value!r}{where} has the wrong type: expected {expected.__name__}, as in {key}={known[key]!r}")
+    return value

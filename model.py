@@ -1,0 +1,506 @@
+"""A weight-sparse GPT, after Gao et al. 2025, "Weight-sparse transformers have interpretable circuits" (arXiv 2511.13653).
+
+The architecture is GPT-2's with five changes: RMSNorm, AbsTopK at the paper's node sites, an attention sink per head, a
+dense bigram table beside the unembedding, and no positional embedding. What makes the model weight-sparse is not in the
+forward pass at all: train.py calls `GPT.prune_` after every optimizer step.
+
+Read from the top: each part is built from those above it.
+"""
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the k largest: what activations and weights are both sparsified by
+
+SAME_SIZE_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # element size in bytes -> integer type
+workers = ThreadPoolExecutor(torch.get_num_threads())  # numpy sorts on one thread, and lets others run meanwhile
+
+
+@torch.library.custom_op("weight_sparse::keep_largest", mutates_args=())
+def keep_largest(magnitude: torch.Tensor, k: int) -> torch.Tensor:
+    """Mask of the k largest entries of `magnitude` (..., n), all >= 0, along the last dimension: (..., n), bool.
+
+    Exactly k entries are kept, the lower index first among equals (equals are common in bfloat16, and after a ReLU).
+    """
+    bits = magnitude.view(SAME_SIZE_INT[magnitude.itemsize])  # of floats >= 0: integers in the same order
+    kth = bits.topk(k, sorted=False).values.amin(-1, keepdim=True)
+    return break_ties(bits, kth, k)
+
+
+@keep_largest.register_kernel("cpu")
+def _(magnitude, k):
+    # numpy's vectorized partition finds the k-th largest an order of magnitude sooner than torch.topk: bench.py, "AbsTopK".
+    bits = magnitude.view(SAME_SIZE_INT[magnitude.itemsize])
+    rows = bits.reshape(-1, bits.size(-1)).numpy()
+    kth = np.empty((len(rows), 1), rows.dtype)
+    at = rows.shape[1] - k
+
+    def select(start, stop):
+        part = rows[start:stop].copy()
+        part.partition(at, axis=1)
+        kth[start:stop, 0] = part[:, at]
+
+    step = max(1, 65536 // rows.shape[1])  # rows at a time, so that they stay in a core's cache
+    list(workers.map(lambda start: select(start, start + step), range(0, len(rows), step)))
+    kth = torch.from_numpy(kth).view(*bits.shape[:-1], 1)
+    mask = bits >= kth
+    return mask if torch.count_nonzero(mask) == k * len(rows) else break_ties(bits, kth, k)
+
+
+@keep_largest.register_fake
+def _(magnitude, k):
+    return torch.empty_like(magnitude, dtype=torch.bool)
+
+
+def break_ties(bits, kth, k):
+    """Mask of the k largest of `bits` (..., n), given the k-th largest (..., 1): lower indices first among its equals."""
+    above, equal = bits > kth, bits == kth
+    return above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+
+
+def abs_topk(x, k):
+    """Keep the k entries of x (..., n) that are largest in magnitude along the last dimension; zero the rest.
+
+    Exactly k entries are kept, the lower index first among equals; gradient flows to them alone (section 2.2).
+    Raises ValueError unless 1 <= k <= n.
+    """
+    if not 1 <= k <= x.size(-1):
+        raise ValueError(f"abs_topk keeps between 1 and {x.size(-1)} entries here, not {k}")
+    return x * keep_largest(x.detach().abs().contiguous(), k)
+
+
+class AbsTopK(nn.Module):
+    """`abs_topk` as a module, so that a forward hook can read or replace the nodes that it makes."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.k = k
+
+    def forward(self, x):
+        return abs_topk(x, self.k)
+
+    def extra_repr(self):
+        return f"k={self.k}"
+
+
+def site(config, location, dim):
+    """The module at one of the paper's node sites: AbsTopK over `dim` entries, or an identity if it is switched off."""
+    k = int(config.activation_topk_fraction * dim)
+    return AbsTopK(k) if location in config.locations and k < dim else nn.Identity()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention, with and without a sink. q, k, v: (B, n_head, T, d_head), with fewer queries than keys when decoding
+
+
+def causal_attention(q, k, v, sink_logit, dropout_p):
+    """Plain causal attention, scale 1/sqrt(d_head). A single query is the newest token: it sees every key."""
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=q.size(2) > 1)
+
+
+class FusedSinkAttention(torch.autograd.Function):
+    """`sink_attention` on a CPU at the price of plain causal attention (bench.py, "attention with sink").
+
+    Flash attention gives y = sum(exp(s) v) / Z and lse = log Z, with Z = sum(exp(s)). A sink only adds exp(b) to Z, so
+        y_sink = y * Z / (Z + exp(b)) = y * sigmoid(lse - b)    and    lse_sink = log(exp(lse) + exp(b)).
+    The backward pass of flash attention sees the softmax through these two alone (it rebuilds each weight as exp(s - lse)
+    and its correction as the row sum of dy * y): given y_sink and lse_sink, it yields the exact gradients of q, k and v.
+    The sink's own weight is 1 - sigmoid(lse - b), its value zero; its softmax gradient is what remains for b.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, sink_logit):
+        causal = q.size(2) > 1
+        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+        b = sink_logit.view(-1, 1)
+        kept = torch.sigmoid(lse - b)  # (B, n_head, T): the share of the weight that does not go to the sink
+        y = y * kept.unsqueeze(-1).to(y.dtype)
+        ctx.save_for_backward(q, k, v, y, torch.logaddexp(lse, b), kept)
+        ctx.causal = causal
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v, y, lse, kept = ctx.saved_tensors
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dy, q, k, v, y, lse, 0.0, ctx.causal)
+        db = -((dy * y).sum(-1) * (1 - kept)).sum((0, 2))
+        return dq, dk, dv, db
+
+
+def sink_attention(q, k, v, sink_logit, dropout_p):
+    """Causal attention in which each head also sees one more key, of logit `sink_logit` (n_head) and value zero.
+
+    The weights are exp(s) / (exp(b) + sum exp(s)) for scores s and sink logit b: a head may attend to nothing.
+    """
+    if q.device.type == "cpu" and dropout_p == 0.0:
+        return FusedSinkAttention.apply(q, k, v, sink_logit)
+    # Elsewhere the sink is a real key at position 0, before all others, so that the causal mask lets every query see it.
+    # One more coordinate, 1 in the queries and 0 in the other keys, gives it the logit b whatever the query.
+    d_head, causal = q.size(-1), q.size(2) > 1
+    more = 8  # coordinates: one does it, fused kernels want a multiple of eight
+    b = (sink_logit * math.sqrt(d_head)).to(k.dtype).view(1, -1, 1, 1).expand(k.size(0), -1, 1, 1)
+    k = torch.cat([F.pad(b, (d_head, more - 1)), F.pad(k, (0, more))], dim=2)
+    v = F.pad(v, (0, more, 1, 0))
+    q = F.pad(F.pad(q, (0, 1), value=1.0), (0, more - 1, int(causal), 0))  # one query more too, for the sink's position
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal, scale=1 / math.sqrt(d_head))
+    return y[:, :, int(causal):, :d_head]
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, for one attention layer: allocated once, filled as tokens come."""
+
+    def __init__(self, block_size):
+        self.block_size = block_size
+        self.length = 0
+
+    def extend(self, k, v):
+        """Append k, v (B, n_head, T, d_head); return all that are held, the new ones last."""
+        if self.length == 0:
+            B, n_head, _, d_head = k.shape
+            self.k, self.v = k.new_empty(2, B, n_head, self.block_size, d_head)
+        start, self.length = self.length, self.length + k.size(2)
+        self.k[:, :, start:self.length] = k
+        self.v[:, :, start:self.length] = v
+        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.d_head = config.n_head, config.d_head
+        width = config.n_head * config.d_head
+        self.attn_in = site(config, "attn_in", config.d_model)
+        self.c_attn = nn.Linear(config.d_model, 3 * width, bias=config.use_bias)  # q, k, v, in this order
+        self.attn_q = site(config, "attn_q", width)  # one vector over all heads each
+        self.attn_k = site(config, "attn_k", width)
+        self.attn_v = site(config, "attn_v", width)
+        self.sink_logit = nn.Parameter(torch.zeros(config.n_head)) if config.use_attention_sinks else None
+        self.attend = sink_attention if config.use_attention_sinks else causal_attention
+        self.dropout_p = config.dropout
+        self.c_proj = nn.Linear(width, config.d_model, bias=config.use_bias)
+        self.dropout = nn.Dropout(config.dropout)
+        self.attn_out = site(config, "attn_out", config.d_model)
+
+    def forward(self, x, cache=None):
+        B, T, _ = x.shape
+        q, k, v = self.c_attn(self.attn_in(x)).chunk(3, dim=-1)
+        q, k, v = self.attn_q(q), self.attn_k(k), self.attn_v(v)
+        q, k, v = (t.view(B, T, self.n_head, self.d_head).transpose(1, 2) for t in (q, k, v))  # (B, n_head, T, d_head)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        y = self.attend(q, k, v, self.sink_logit, self.dropout_p if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, self.n_head * self.d_head)
+        return self.attn_out(self.dropout(self.c_proj(y)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the block
+
+ACTIVATIONS = {"identity": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU}
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.mlp_in = site(config, "mlp_in", config.d_model)
+        self.c_fc = nn.Linear(config.d_model, config.d_mlp, bias=config.use_bias)
+        self.activation = ACTIVATIONS[config.activation]()
+        self.mlp_neuron = site(config, "mlp_neuron", config.d_mlp)
+        self.c_proj = nn.Linear(config.d_mlp, config.d_model, bias=config.use_bias)
+        self.dropout = nn.Dropout(config.dropout)
+        self.mlp_out = site(config, "mlp_out", config.d_model)
+
+    def forward(self, x):
+        x = self.mlp_neuron(self.activation(self.c_fc(self.mlp_in(x))))
+        return self.mlp_out(self.dropout(self.c_proj(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        norm = nn.RMSNorm if config.use_rms_norm else nn.LayerNorm
+        self.ln_1 = norm(config.d_model)
+        self.attn = CausalSelfAttention(config)
+        self.resid_post_attn = site(config, "resid_post_attn", config.d_model)
+        self.ln_2 = norm(config.d_model)
+        self.mlp = MLP(config)
+        self.resid_post_mlp = site(config, "resid_post_mlp", config.d_model)
+        self.residual_activation = ACTIVATIONS[config.residual_activation]()
+
+    def forward(self, x, cache=None):
+        x = self.resid_post_attn(self.residual_activation(x + self.attn(self.ln_1(x), cache)))
+        x = self.resid_post_mlp(self.residual_activation(x + self.mlp(self.ln_2(x))))
+        return x
+
+
+class NoPositions(nn.Module):
+    """Stands where the positional embedding would, and adds nothing."""
+
+    def forward(self, positions):
+        return 0.0
+
+
+def bigram_row(idx, table):
+    """The logits that the current token alone gives the next, its row of `table`: (B, T) -> (B, T, vocab_size).
+
+    As in the released code, the row of the last token (here the end of a text) gets no gradient.
+    """
+    return F.embedding(idx, table, padding_idx=-1)
+
+
+def no_bigram(idx, table):
+    return 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the model
+
+LOCATIONS = ("attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in", "mlp_neuron", "mlp_out",
+             "resid_post_attn", "resid_post_mlp")
+
+
+@dataclass
+class GPTConfig:
+    """Architecture of a GPT; the defaults are the paper's. Raises ValueError, in one sentence, on what cannot be built."""
+
+    n_layer: int = 8
+    d_model: int = 1024  # width of the residual stream, a multiple of d_head
+    d_head: int = 16  # the paper finds small heads the easiest to read
+    d_mlp: int = 0  # 0: 4 * d_model
+    block_size: int = 256  # longest context, in tokens
+    residual_activation: str = "identity"  # or "relu": applied to the residual stream after each sub-block
+    activation: str = "gelu"  # the exact one, or "relu"
+    use_rms_norm: bool = True  # False: LayerNorm
+    use_bias: bool = True  # in the four Linears of a block; the unembedding never has one
+    tie_embeddings: bool = False  # one matrix for embedding and unembedding
+    use_positional_embeddings: bool = False  # True: learned, absolute, added to the token embedding
+    use_bigram_table: bool = True  # dense vocab_size x vocab_size logits beside the unembedding
+    use_attention_sinks: bool = True  # one learnable logit per head that attends to nothing
+    dropout: float = 0.0
+    activation_topk_fraction: float = 0.25  # AbsTopK keeps int(fraction * dim) entries; 1.0 switches it off
+    activation_sparsity_locations: str = ",".join(LOCATIONS[:8])  # any of LOCATIONS, by commas
+    vocab_size: int = 2048
+    n_head: int = 0  # 0: d_model / d_head
+
+    def __post_init__(self):
+        for name in ("n_layer", "d_model", "d_head", "block_size", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, legal in (("activation", ("gelu", "relu")), ("residual_activation", ("identity", "relu"))):
+            if getattr(self, name) not in legal:
+                raise ValueError(f"{name}={getattr(self, name)!r} does not exist: choose one of {', '.join(legal)}")
+        for location in self.locations:
+            if location not in LOCATIONS:
+                raise ValueError(f"activation_sparsity_locations names {location!r}, which does not exist: choose from "
+                                 f"{', '.join(LOCATIONS)}")
+        if self.n_head < 0 or self.d_mlp < 0:
+            raise ValueError(f"n_head={self.n_head} and d_mlp={self.d_mlp} must not be negative")
+        if not self.n_head and self.d_model % self.d_head:
+            raise ValueError(f"d_model={self.d_model} is not divisible by d_head={self.d_head}: change either")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and less than 1")
+        self.n_head = self.n_head or self.d_model // self.d_head
+        self.d_mlp = self.d_mlp or 4 * self.d_model
+        smallest = min(self.d_model, self.n_head * self.d_head, self.d_mlp)
+        if not 1 <= self.activation_topk_fraction * smallest <= smallest:
+            raise ValueError(f"activation_topk_fraction={self.activation_topk_fraction} must be at most 1 and keep at "
+                             f"least one of {smallest} entries: choose {1 / smallest:.4g} or more")
+
+    @property
+    def locations(self):
+        return [name.strip() for name in self.activation_sparsity_locations.split(",") if name.strip()]
+
+
+class GPT(nn.Module):
+    # Every parameter is in one of these two, by the end of its name. A pruned matrix has a neuron dimension if its neurons
+    # keep a minimum of weights each: a neuron is a row of what reads the residual stream (dimension 0) and a column of what
+    # writes to it (dimension 1). Pruned matrices are also the ones that decay.
+    PRUNED = {"wte.weight": None, "wpe.weight": None, "lm_head.weight": None,
+              "c_attn.weight": 0, "c_fc.weight": 0, "c_proj.weight": 1,
+              "c_attn.bias": None, "c_fc.bias": None, "c_proj.bias": None}
+    DENSE = ("bigram_table", "attn.sink_logit", "ln_1.weight", "ln_2.weight", "ln_f.weight",
+             "ln_1.bias", "ln_2.bias", "ln_f.bias")
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        norm = nn.RMSNorm if config.use_rms_norm else nn.LayerNorm
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.d_model),
+            wpe=nn.Embedding(config.block_size, config.d_model) if config.use_positional_embeddings else NoPositions(),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=norm(config.d_model),
+        ))
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+        table = nn.Parameter(torch.empty(config.vocab_size, config.vocab_size)) if config.use_bigram_table else None
+        self.register_parameter("bigram_table", table)
+        self.bigram = bigram_row if config.use_bigram_table else no_bigram
+        self.initialize_()
+
+    @torch.no_grad()
+    def initialize_(self):
+        """Draw all weights afresh. Norm gains stay 1, biases and sink logits 0."""
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # GPT-2's: the residual stream's variance stays put as layers add to it
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif name == "bigram_table":
+                nn.init.uniform_(p, 0.0, 0.02)
+            elif p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    # ---- forward
+
+    def forward(self, idx, targets=None):
+        """Logits of the next token at all positions (B, T, vocab_size), and the loss or None.
+
+        idx, targets: (B, T) token ids, T <= block_size (else ValueError). The loss is the mean cross-entropy in nats over
+        the targets that are not -1, in float32 whatever autocast says.
+        """
+        x = self.residual_stream(idx)
+        logits = self.unembed(x, idx)
+        if targets is None:
+            return logits, None
+        with torch.autocast(idx.device.type, enabled=False):
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, loss
+
+    def residual_stream(self, idx, caches=None):
+        """The residual stream after the last block, (B, T, d_model). With `caches` idx continues what they hold."""
+        start = caches[0].length if caches else 0
+        T = idx.size(1)
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens do not fit the model's block_size of {self.config.block_size}")
+        positions = torch.arange(start, start + T, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, caches[i] if caches else None)
+        return x
+
+    def unembed(self, x, idx):
+        """Logits (B, T, vocab_size) in float32 or better, of residual stream x (B, T, d_model) and its tokens idx (B, T)."""
+        logits = self.lm_head(self.transformer.ln_f(x))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)) + self.bigram(idx, self.bigram_table)
+
+    def sites(self):
+        """All node sites, switched on or not: a list of (location, module), the module's output being the nodes."""
+        named = [(name.split(".")[-1], module) for name, module in self.named_modules()]
+        return [(location, module) for location, module in named if location in LOCATIONS]
+
+    # ---- what is pruned, and how (section 2.1)
+
+    def sparse_parameters(self):
+        """All that `prune_` prunes: a list of (name, parameter, neuron_dim or None)."""
+        found = []
+        for name, p in self.named_parameters():
+            end = ".".join(name.split(".")[-2:])
+            if end in self.PRUNED:
+                found.append((name, p, self.PRUNED[end]))
+            else:
+                assert end in self.DENSE, f"say in GPT.PRUNED or GPT.DENSE whether {name} is pruned"
+        return found
+
+    def decayed_parameters(self):
+        """The parameters that decay: all matrices but the bigram table."""
+        return [p for _, p, _ in self.sparse_parameters() if p.ndim == 2]
+
+    def smallest_l0(self, min_weights_per_neuron=4):
+        """The smallest fraction of nonzeros at which every neuron of every matrix still gets its minimum."""
+        return max(min_weights_per_neuron * p.size(dim) / p.numel()
+                   for _, p, dim in self.sparse_parameters() if dim is not None)
+
+    @torch.no_grad()
+    def prune_(self, l0_fraction, min_weights_per_neuron=4, sparsify_biases=True):
+        """Zero all but int(l0_fraction * numel) entries of every matrix, in place, the largest in magnitude surviving.
+
+        The `min_weights_per_neuron` largest weights of each neuron are among the survivors whatever their rank, and count
+        among them. Biases keep max(1, int(l0_fraction * numel)) entries, or all without `sparsify_biases`. Raises
+        ValueError if the neurons' minimum does not fit.
+        """
+        for name, p, neuron_dim in self.sparse_parameters():
+            k = max(int(l0_fraction * p.numel()), int(p.ndim == 1))
+            if k >= p.numel() or (p.ndim == 1 and not sparsify_biases):
+                continue
+            magnitude = p.abs()
+            if neuron_dim is not None and min_weights_per_neuron:
+                neurons = magnitude.transpose(0, neuron_dim).contiguous()  # (neurons, weights of each)
+                j = min(min_weights_per_neuron, neurons.size(1))
+                if j * neurons.size(0) > k:
+                    raise ValueError(f"{name} keeps {k} weights at L0 fraction {l0_fraction:.6g}, fewer than {j} for each "
+                                     f"of its {neurons.size(0)} neurons")
+                floor = keep_largest(neurons, j).transpose(0, neuron_dim)
+                magnitude.masked_fill_(floor, torch.inf)
+            p.masked_fill_(~keep_largest(magnitude.flatten(), k).view_as(p), 0.0)
+
+    # ---- sampling
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """Continue idx (B, T >= 1) by `max_new_tokens`, yielding each new token (B, 1) as soon as it is drawn.
+
+        Temperature 0 takes the likeliest token; top_k draws among the k likeliest. Keys and values are cached while the
+        text fits block_size; past that the window slides by one token at a time, and is read anew for each.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            caches, new = None, idx
+            for _ in range(max_new_tokens):
+                if caches is None or caches[0].length == self.config.block_size:
+                    caches = [KVCache(self.config.block_size) for _ in self.transformer.h]
+                    new = idx[:, -self.config.block_size:]
+                x = self.residual_stream(new, caches)
+                new = draw(self.unembed(x[:, -1:], new[:, -1:])[:, -1], temperature, top_k)
+                idx = torch.cat([idx, new], dim=1)
+                yield new
+        finally:
+            self.train(was_training)
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """idx (B, T) and its continuation, (B, T + max_new_tokens); see `stream`."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k)], dim=1)
+
+    def use_sparse_kernels_(self):
+        """Replace Linears that are mostly zeros by `SparseLinear`, in place: faster to sample from on a CPU, not trainable."""
+        for module in list(self.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.Linear) and child.weight.count_nonzero() < SparseLinear.DENSITY * child.weight.numel():
+                    setattr(module, name, SparseLinear(child))
+        return self
+
+
+def draw(logits, temperature, top_k):
+    """One token id for each row of logits (B, vocab_size): (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
+
+
+class SparseLinear(nn.Module):
+    """A Linear that does not multiply its zeros: the weight as compressed sparse rows."""
+
+    DENSITY = 0.2  # below this fraction of nonzeros it beats the dense product on a CPU: bench.py, "sampling"
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = linear.weight.detach().to_sparse_csr()
+        self.bias = linear.bias
+
+    def forward(self, x):
+        y = (self.weight @ x.reshape(-1, x.size(-1)).T).T.reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias

@@ -1,0 +1,726 @@
+"""Train a weight-sparse transformer: Adam, normalize, prune, decay (Gao et al. 2025, section 2 and appendix).
+
+    python train.py config/quickstart.py                                  # one process, CPU or GPU
+    torchrun --nproc_per_node=8 train.py config/sparse_python.py          # one node, eight GPUs
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py ...
+
+Any setting below is changed in a config file or by a flag: --target_l0_fraction=1/32. A run that was interrupted goes on
+with the same command and --init_from=resume. The method is in `l0_at`, `lr_at` and `update_`; the rest is the loop
+around it, in the order in which things happen.
+"""
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from configurator import configure, fail, settings_of
+from model import GPT, GPTConfig
+
+# ----------------------------------------------------------------------------------------------------------
+# settings
+
+# model
+n_layer = GPTConfig.n_layer
+d_model = GPTConfig.d_model  # width of the residual stream
+d_head = GPTConfig.d_head  # n_head is d_model / d_head
+d_mlp = GPTConfig.d_mlp  # 0: 4 * d_model
+block_size = GPTConfig.block_size  # context, in tokens
+residual_activation = GPTConfig.residual_activation  # 'identity' or 'relu'
+activation = GPTConfig.activation  # 'gelu' or 'relu'
+use_rms_norm = GPTConfig.use_rms_norm  # False: LayerNorm
+use_bias = GPTConfig.use_bias
+tie_embeddings = GPTConfig.tie_embeddings
+use_positional_embeddings = GPTConfig.use_positional_embeddings  # True: learned, absolute
+use_bigram_table = GPTConfig.use_bigram_table
+use_attention_sinks = GPTConfig.use_attention_sinks
+dropout = GPTConfig.dropout
+activation_topk_fraction = GPTConfig.activation_topk_fraction  # 1.0: no AbsTopK
+activation_sparsity_locations = GPTConfig.activation_sparsity_locations  # any of model.LOCATIONS, by commas
+# weight sparsity
+target_l0_fraction = 1 / 64  # of the entries of every matrix stay nonzero; 1.0 trains dense
+sparsity_anneal_start_fraction = 0.01  # of training; until here the model is dense
+sparsity_anneal_end_fraction = 0.5  # of training; from here on it is at the target. Equal to start: sparse at once
+min_weights_per_neuron = 4  # the paper's j; 0 switches it off
+sparsify_biases = True
+# optimizer
+learning_rate = 1.6e-3  # the base rate, at L0 = 1; small models want more, 1e-2 and beyond
+use_sharkfin_schedule = True  # multiply the rate by 1 / sqrt(L0)
+warmup_fraction = 0.01  # of training
+decay_lr = True  # linearly to zero at the end
+beta1 = 0.9
+beta2 = 0.95
+eps = 0.1  # far above Adam's usual 1e-8, and meant to be
+weight_decay = 0.1
+grad_clip_rms = 1.0  # gradients are always scaled to this root mean square; 0 leaves them alone
+# batches
+dataset = "python_stdlib"  # a folder in data/ that prepare.py wrote, or the path of one
+batch_size = 64  # sequences in a micro-batch, the most that fit the memory
+gradient_accumulation_steps = 8  # micro-batches in a step, over all ranks together
+max_iters = 10000  # updates
+seed = 1337  # of the weights and of the order of the data
+# evaluation, checkpoints, logs
+out_dir = "out"  # ckpt.pt, best.pt, log.jsonl and tokenizer.json are written here
+init_from = "scratch"  # or 'resume' (out_dir's run goes on), or the folder of a released model
+eval_interval = 250  # updates between evaluations, with a checkpoint at each
+eval_iters = 20  # micro-batches of each split in an evaluation
+log_every_n_steps = 1  # loss, rates, activation statistics
+log_gradients_every_n_steps = 10
+log_weights_every_n_steps = 100
+log_sparsity_every_n_steps = 50
+wandb_log = False
+wandb_project = "weight-sparse"
+wandb_run_name = ""  # '': the last part of out_dir
+# system
+device = "auto"  # 'auto', 'cpu', 'cuda', 'cuda:1'; under torchrun each rank takes the GPU of its number
+dtype = "auto"  # 'auto', 'float32', 'bfloat16', 'float16': of autocast. auto: bfloat16 on a GPU, else float32
+compile = True  # torch.compile, where there is a compiler for it
+
+MODEL_SETTINGS = [f.name for f in fields(GPTConfig) if f.name in globals()]
+
+# ----------------------------------------------------------------------------------------------------------
+# the method: two schedules and one update
+
+
+def l0_at(step):
+    """Fraction of nonzero weights after update `step`: dense at first, then linearly down to the target (2.1)."""
+    start = sparsity_anneal_start_fraction * max_iters
+    length = (sparsity_anneal_end_fraction - sparsity_anneal_start_fraction) * max_iters
+    done = min(max((step - start) / length, 0.0), 1.0) if length > 0 else float(step >= start)
+    return (1 - done) + target_l0_fraction * done
+
+
+def lr_at(step):
+    """Learning rate of update `step`: warmup, linear decay, and 1/sqrt(L0), which makes the curve a shark's fin."""
+    warmup = int(warmup_fraction * max_iters)
+    if step < warmup:
+        base = learning_rate * step / warmup
+    elif decay_lr:
+        base = learning_rate * (1 - (step - warmup) / (max_iters - warmup))
+    else:
+        base = learning_rate
+    return base * sharkfin_at(step)
+
+
+def sharkfin_at(step):
+    """What sparsity multiplies the learning rate by: fewer weights take larger steps."""
+    return 1 / math.sqrt(l0_at(step)) if use_sharkfin_schedule else 1.0
+
+
+@torch.no_grad()
+def normalize_gradients_(parameters, target_rms):
+    """Scale all gradients together to a root mean square of `target_rms`, up as well as down; 0 leaves them alone.
+
+    Returns their root mean square before, a tensor (). This normalizes where others clip: a step's size never
+    depends on the gradient's.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    rms = torch.nn.utils.get_total_norm(gradients) / math.sqrt(sum(g.numel() for g in gradients))
+    if target_rms:
+        torch._foreach_mul_(gradients, target_rms / (rms + 1e-5))
+    return rms
+
+
+@torch.no_grad()
+def update_(model, optimizer, scaler, step):
+    """Update `step` from the gradients at hand: normalize, Adam, prune, decay. Returns the gradients' RMS before.
+
+    Gradients and Adam's moments are dense: they know nothing of the pruning, so a weight that is zero now keeps
+    collecting momentum and comes back when it outgrows the smallest survivor.
+    """
+    lr = lr_at(step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    scaler.unscale_(optimizer)
+    rms = normalize_gradients_(model.parameters(), grad_clip_rms)
+    scaler.step(optimizer)
+    scaler.update()
+    model.prune_(l0_at(step), min_weights_per_neuron, sparsify_biases)
+    torch._foreach_mul_(model.decayed_parameters(), 1 - weight_decay * lr)
+    optimizer.zero_grad(set_to_none=True)
+    return rms
+
+
+def build_optimizer(model):
+    """Adam without weight decay: `update_` decays by hand, after the prune."""
+    fused = next(model.parameters()).is_cuda
+    return torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(beta1, beta2), eps=eps, fused=fused)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# processes, device, precision
+
+
+@dataclass
+class Place:
+    """Where this process runs, and at what precision."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self):
+        lower = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype) if lower else nullcontext()
+
+    def reduce(self, values, op=dist.ReduceOp.SUM):
+        """Reduce a list of numbers over all ranks: every rank gets the same list of floats."""
+        values = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(values, op)
+        return values.tolist()
+
+
+def find_place(device="auto", dtype="auto"):
+    """Choose device and precision; under torchrun, join the other processes."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and world_size > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).strip().splitlines()[0]
+        fail(f"device={device} cannot be used ({reason}): try --device=cpu")
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    legal = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in legal:
+        fail(f"dtype={dtype!r} does not exist: choose one of auto, {', '.join(legal)}")
+    if dtype == "float16" and device.type == "cpu":
+        fail("dtype='float16' needs a GPU: on a CPU choose float32 or bfloat16")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    return Place(rank, world_size, device, legal[dtype])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# data
+
+
+@dataclass
+class Data:
+    """The tokens of one folder that prepare.py wrote: memory-mapped, so that a corpus may be larger than the memory."""
+
+    train: np.memmap
+    val: np.memmap
+    meta: dict
+    tokenizer: str  # the text of tokenizer.json
+
+    def tokens_per_byte(self, split):
+        return self.meta[split]["tokens"] / self.meta[split]["bytes"]
+
+
+def load_data(folder, block_size):
+    """Open and check the data in `folder`; ends the script if it cannot be trained on."""
+    remedy = "make it with python prepare.py (its settings are explained at its top)"
+    try:
+        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
+            meta = json.load(f)
+        with open(os.path.join(folder, "tokenizer.json"), encoding="utf-8") as f:
+            tokenizer = f.read()
+        sizes = {split: (meta[split]["tokens"], meta[split]["bytes"]) for split in ("train", "val")}
+        vocab_size, sha256 = int(meta["vocab_size"]), meta["tokenizer_sha256"]
+    except OSError as e:
+        fail(f"no data in {folder} ({os.path.basename(e.filename)}: {e.strerror}): {remedy}")
+    except (ValueError, KeyError, TypeError) as e:
+        fail(f"{folder}/meta.json is damaged ({type(e).__name__}: {e}): {remedy}")
+    if hashlib.sha256(tokenizer.encode()).hexdigest() != sha256:
+        fail(f"{folder}/tokenizer.json is not the one that {folder}/meta.json names: {remedy}")
+    tokens = {}
+    for split, (expected, _) in sizes.items():
+        path = os.path.join(folder, f"{split}.bin")
+        size = os.path.getsize(path) if os.path.isfile(path) else -1
+        if size != 2 * expected:
+            found = f"{size} bytes" if size >= 0 else "no such file"
+            fail(f"{path} should hold {expected} tokens in {2 * expected} bytes, but has {found}: {remedy}")
+        if expected <= block_size:
+            fail(f"{path} holds {expected} tokens, fewer than one window of block_size={block_size}: "
+                 "prepare more data, or train with a smaller --block_size")
+        tokens[split] = np.memmap(path, dtype="<u2", mode="r")
+        if (largest := tokens[split].max()) >= vocab_size:
+            fail(f"{path} holds the token id {largest}, beyond the vocabulary of {vocab_size}: {remedy}")
+    return Data(tokens["train"], tokens["val"], meta, tokenizer)
+
+
+def windows(tokens, starts, place):
+    """Inputs and targets (len(starts), block_size), int64 on the device: the targets are one token ahead."""
+    rows = torch.from_numpy(np.stack([tokens[s:s + block_size + 1] for s in starts]).astype(np.int64))
+    if place.device.type == "cuda":
+        rows = rows.pin_memory().to(place.device, non_blocking=True)
+    return rows[:, :-1], rows[:, 1:]
+
+
+def training_batch(data, step, micro_step, place):
+    """Micro-batch `micro_step` of update `step`, a function of these and of `seed` alone: resuming needs no more
+    than the step, and any number of ranks sees the same data. Seeds dropout by the same rule."""
+    rng = np.random.default_rng([seed, step, micro_step])
+    starts = rng.integers(len(data.train) - block_size, size=batch_size)
+    torch.manual_seed(int(rng.integers(2**62)))
+    return windows(data.train, starts, place)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# what is logged
+
+
+def tensor_group(name):
+    """A parameter's name without its layer: the same tensor of all layers forms one group."""
+    return re.sub(r"transformer\.(h\.\d+\.)?|\.weight$", "", name)
+
+
+def watch_activations(model):
+    """Make every node site, and the final norm's input, leave statistics of what passes in their module.
+
+    Of the first sequence of the batch alone: sample enough, and a fraction of the cost.
+    """
+
+    def watch_site(module, inputs, output):
+        x = output.detach()[0].float()
+        module.statistics = torch.stack([x.count_nonzero() / x.numel(), x.square().mean().sqrt()])
+
+    def watch_residual(module, inputs):
+        x = inputs[0].detach()[0].float()  # (T, d_model)
+        x = x - x.mean(-1, keepdim=True)
+        module.statistics = (x.pow(4).mean(-1) / x.square().mean(-1).square()).mean()
+
+    for _, module in model.sites():
+        module.register_forward_hook(watch_site)
+    model.transformer.ln_f.register_forward_pre_hook(watch_residual)
+
+
+def activation_statistics(model):
+    """Of the last forward: each location's fraction of nonzeros and RMS, averaged over layers, and the kurtosis of
+    the final residual stream over its channels, averaged over tokens (3 for a Gaussian; the paper's figure 10)."""
+    found = {}
+    for location, module in model.sites():
+        found.setdefault(location, []).append(module.statistics)
+    rows = torch.stack([torch.stack(rows).mean(0) for rows in found.values()]).tolist()
+    statistics = {"activations/kurtosis_resid_final": model.transformer.ln_f.statistics.item()}
+    for location, (nonzero, rms) in zip(found, rows):
+        statistics[f"activations/nonzero/{location}"] = nonzero
+        statistics[f"activations/rms/{location}"] = rms
+    return statistics
+
+
+@torch.no_grad()
+def gradient_statistics(model, scale):
+    """Mean, largest and smallest norm of a tensor's gradient, before normalization. `scale`: the loss scaler's."""
+    norms = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()])) / scale
+    mean, largest, smallest = torch.stack([norms.mean(), norms.max(), norms.min()]).tolist()
+    return {"gradients/norm_mean": mean, "gradients/norm_max": largest, "gradients/norm_min": smallest}
+
+
+@torch.no_grad()
+def weight_statistics(model):
+    """Norm, mean and standard deviation of all weights of each tensor group."""
+    groups = {}
+    for name, p in model.named_parameters():
+        moments = torch.stack([p.sum(), p.square().sum()])
+        groups.setdefault(tensor_group(name), []).append((p.numel(), moments))
+    statistics = {}
+    for group, members in groups.items():
+        n = sum(numel for numel, _ in members)
+        total, squares = torch.stack([moments for _, moments in members]).sum(0).tolist()
+        statistics[f"weights/norm/{group}"] = math.sqrt(squares)
+        statistics[f"weights/mean/{group}"] = total / n
+        statistics[f"weights/std/{group}"] = math.sqrt(max(0.0, squares / n - (total / n) ** 2))
+    return statistics
+
+
+@torch.no_grad()
+def sparsity_statistics(model, step):
+    """After update `step`: the schedules' values, and what is really there: nonzeros of all that is pruned and of
+    each tensor group, as number and fraction, and neurons that have no weight left."""
+    counts, sizes, dead = {}, {}, []
+    for name, p, neuron_dim in model.sparse_parameters():
+        group = tensor_group(name)
+        counts[group] = counts.get(group, 0) + p.count_nonzero()
+        sizes[group] = sizes.get(group, 0) + p.numel()
+        if neuron_dim is not None:
+            dead.append((p != 0).any(dim=1 - neuron_dim).logical_not().sum())
+    *numbers, dead = torch.stack([*counts.values(), torch.stack(dead).sum()]).tolist()
+    statistics = {
+        "sparsity/l0": l0_at(step),
+        "sparsity/l0_target": target_l0_fraction,
+        "sparsity/sharkfin": sharkfin_at(step),
+        "sparsity/nonzero": sum(numbers),
+        "sparsity/fraction": sum(numbers) / sum(sizes.values()),
+        "sparsity/dead_neurons": dead,
+    }
+    for group, number in zip(counts, numbers):
+        statistics[f"sparsity/nonzero/{group}"] = number
+        statistics[f"sparsity/fraction/{group}"] = number / sizes[group]
+    return statistics
+
+
+def due(step, every_n_steps):
+    """Whether what is logged every n steps (0: never) is logged at this one; the last step always is."""
+    return every_n_steps > 0 and (step % every_n_steps == 0 or step == max_iters - 1)
+
+
+class Log:
+    """Where rank 0's records go: the terminal, out_dir/log.jsonl and, if asked, wandb. A record is a dict."""
+
+    def __init__(self, start):
+        """Records from step `start` on will be written anew: cut off those that an interrupted run left."""
+        path = os.path.join(out_dir, "log.jsonl")
+        kept = []
+        if start and os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                kept = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] < start]
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            f.writelines(kept)
+        os.replace(path + ".tmp", path)
+        self.file = open(path, "a", encoding="utf-8", buffering=1)
+        self.wandb = None
+        if wandb_log:
+            import wandb
+
+            name = wandb_run_name or os.path.basename(os.path.abspath(out_dir))
+            self.wandb = wandb.init(project=wandb_project, name=name, dir=out_dir, config=settings_of(globals()))
+
+    def write(self, record):
+        self.file.write(json.dumps(record) + "\n")
+        if self.wandb:
+            self.wandb.log(record, step=record["step"])
+        if "val/loss" in record:
+            print(f"step {record['step']:5d} | train loss {record['train/loss']:.4f} | val loss "
+                  f"{record['val/loss']:.4f} | {record['val/bits_per_byte']:.4f} bits per byte", flush=True)
+        if "loss" in record:
+            print(f"step {record['step']:5d} | loss {record['loss']:.4f} | lr {record['lr']:.2e} | "
+                  f"L0 {l0_at(record['step']):.4f} | grad RMS {record['grad_rms']:.2e} | "
+                  f"{record['tokens_per_second']:,.0f} tokens/s | {record['seconds_left'] / 60:.1f} min left",
+                  flush=True)
+
+    def close(self):
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# evaluation and checkpoints
+
+
+@torch.no_grad()
+def evaluate(model, data, place):
+    """Mean loss in nats per token, and bits per byte, on evenly spaced windows of both splits: the same at each call,
+    shared out over the ranks. Draws no random number."""
+    model.eval()
+    record = {}
+    for split in ("train", "val"):
+        tokens = getattr(data, split)
+        starts = np.linspace(0, len(tokens) - block_size - 1, eval_iters * batch_size).astype(np.int64)
+        batches = starts.reshape(eval_iters, batch_size)[place.rank::place.world_size]
+        total = torch.zeros((), dtype=torch.float64, device=place.device)
+        for batch in batches:
+            with place.autocast():
+                total += model(*windows(tokens, batch, place))[1]
+        loss = place.reduce([total.item()])[0] / eval_iters
+        record[f"{split}/loss"] = loss
+        record[f"{split}/bits_per_byte"] = loss / math.log(2) * data.tokens_per_byte(split)
+    model.train()
+    return record
+
+
+def check_ranks_agree(model, place, step):
+    """Compare a checksum of all weights across ranks; end the run if they differ by a single bit."""
+    if place.world_size == 1:
+        return
+    checksum = sum(p.detach().view(torch.int32).sum(dtype=torch.int64) * i
+                   for i, p in enumerate(model.parameters(), 1)).view(1)
+    checksums = [torch.empty_like(checksum) for _ in range(place.world_size)]
+    dist.all_gather(checksums, checksum)
+    differing = [rank for rank, other in enumerate(checksums) if other != checksums[0]]
+    if differing:
+        stop(f"at step {step} the weights of rank {differing[0]} differ from those of rank 0")
+
+
+def save_checkpoint(name, model, optimizer, scaler, step, best_val_loss, data):
+    """Write out_dir/`name` beside and rename it into place: whatever happens, a whole checkpoint is there.
+
+    The random state needs no room: weights aside, all that is random is a function of the seed and the step.
+    """
+    path = os.path.join(out_dir, name)
+    checkpoint = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "config": asdict(model.config),
+        "settings": settings_of(globals()),
+        "step": step,
+        "best_val_loss": best_val_loss,
+        "tokenizer_sha256": data.meta["tokenizer_sha256"],
+        "torch": torch.__version__,
+    }
+    try:
+        with open(path + ".tmp", "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as e:
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        fail(f"cannot write {path} ({e}); a checkpoint that was there before is whole: "
+             "make room, then go on with --init_from=resume")
+
+
+def load_checkpoint(path, device="cpu"):
+    """The checkpoint at `path`, a dict: see `save_checkpoint`. Runs no code from the file."""
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        missing = {"model", "config", "step", "settings"} - checkpoint.keys()
+    except FileNotFoundError:
+        fail(f"no checkpoint at {path}: train one first (without --init_from=resume), or check --out_dir")
+    except Exception as e:  # what a file of any content makes torch.load raise is not documented
+        fail(f"{path} is no readable checkpoint ({type(e).__name__}): restore it, or start anew in another --out_dir")
+    if missing:
+        fail(f"{path} is not a checkpoint of this project (it lacks {', '.join(sorted(missing))})")
+    return checkpoint
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the run
+
+
+def stop(message):
+    """End a run that cannot go on, naming what is left of it: exit status 1. No checkpoint is written."""
+    path = os.path.join(out_dir, "ckpt.pt")
+    left = f"the last good checkpoint is {path}" if os.path.exists(path) else "there is no checkpoint yet"
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"error: {message}; {left}", file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
+class StopSignal:
+    """Notes SIGINT or SIGTERM for the loop to see after the step; a second one ends the process at once."""
+
+    def __init__(self):
+        self.received = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        self.received = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def resume_command():
+    arguments = [a for a in sys.argv if not a.startswith("--init_from=")] + ["--init_from=resume"]
+    launcher = "python"
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        launcher = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+    return " ".join([launcher, *arguments])
+
+
+def check_settings(place):
+    """End the script if the settings cannot make a run, whatever the data."""
+    for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters"):
+        if globals()[name] < 1:
+            fail(f"{name}={globals()[name]} must be at least 1")
+    for name in ("sparsity_anneal_start_fraction", "sparsity_anneal_end_fraction", "warmup_fraction",
+                 "beta1", "beta2"):
+        if not 0 <= globals()[name] <= 1:
+            fail(f"{name}={globals()[name]} must lie between 0 and 1")
+    for name in ("learning_rate", "eps", "weight_decay", "grad_clip_rms", "min_weights_per_neuron", "seed",
+                 "log_every_n_steps", "log_gradients_every_n_steps", "log_weights_every_n_steps",
+                 "log_sparsity_every_n_steps"):
+        if not globals()[name] >= 0:
+            fail(f"{name}={globals()[name]} must not be negative")
+    if not 0 < target_l0_fraction <= 1:
+        fail(f"target_l0_fraction={target_l0_fraction} must be more than 0 and at most 1 (1 trains dense)")
+    if sparsity_anneal_end_fraction < sparsity_anneal_start_fraction:
+        fail(f"sparsity_anneal_end_fraction={sparsity_anneal_end_fraction} must not be less than "
+             f"sparsity_anneal_start_fraction={sparsity_anneal_start_fraction}")
+    if gradient_accumulation_steps % place.world_size:
+        fail(f"gradient_accumulation_steps={gradient_accumulation_steps} counts over all ranks: make it a multiple "
+             f"of their number, {place.world_size}")
+
+
+def build_model(vocab_size, given, checkpoint):
+    """The model that the settings ask for, or the checkpoint's; settings that were `given` must not contradict it."""
+    try:
+        asked = GPTConfig(vocab_size=vocab_size, **{name: globals()[name] for name in MODEL_SETTINGS})
+    except ValueError as e:
+        fail(e)
+    if checkpoint is None:
+        model = GPT(asked)
+    else:
+        saved = GPTConfig(**checkpoint["config"])
+        for name in MODEL_SETTINGS:
+            if name in given and getattr(asked, name) != getattr(saved, name):
+                fail(f"{name}={globals()[name]!r} contradicts the checkpoint's {getattr(saved, name)!r}: leave the "
+                     "setting out to resume, or start anew in another --out_dir")
+        model = GPT(saved)
+        model.load_state_dict(checkpoint["model"])
+    smallest = model.smallest_l0(min_weights_per_neuron)
+    if target_l0_fraction < smallest:
+        fail(f"target_l0_fraction={target_l0_fraction:.6g} leaves no room for min_weights_per_neuron="
+             f"{min_weights_per_neuron}: the smallest that fits is {math.ceil(smallest * 1e6) / 1e6}")
+    return model
+
+
+def open_out_dir(data):
+    """Make out_dir ready for a new run. What another run left there is moved aside, never overwritten."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        if os.path.exists(os.path.join(out_dir, "ckpt.pt")):
+            n = 1
+            while os.path.exists(aside := os.path.join(out_dir, f"previous-{n}")):
+                n += 1
+            os.mkdir(aside)
+            for name in ("ckpt.pt", "best.pt", "log.jsonl", "tokenizer.json"):
+                if os.path.exists(os.path.join(out_dir, name)):
+                    os.replace(os.path.join(out_dir, name), os.path.join(aside, name))
+            print(f"{out_dir} held another run: moved to {aside} (--init_from=resume would have gone on with it)")
+        with open(os.path.join(out_dir, "tokenizer.json"), "w", encoding="utf-8") as f:
+            f.write(data.tokenizer)
+    except OSError as e:
+        fail(f"cannot write to out_dir={out_dir} ({e.strerror}): choose another --out_dir")
+
+
+def compile_blocks(model, place):
+    """Compile the blocks, in place: they share one compilation, and the raw model stays what is saved."""
+    if place.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        print("compile: no C++ compiler on this machine, running without")
+        return
+    for block in model.transformer.h:
+        block.compile()
+
+
+def main():
+    given = configure(globals())
+    checkpoint = None
+    if init_from == "resume":
+        checkpoint = load_checkpoint(os.path.join(out_dir, "ckpt.pt"))
+        globals().update({k: v for k, v in checkpoint["settings"].items() if k not in given | {"out_dir", "init_from"}})
+    place = find_place(device, dtype)
+    check_settings(place)
+    data = load_data(os.path.join("data", dataset), block_size)
+    if checkpoint and checkpoint["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
+        fail(f"data/{dataset} was made with another tokenizer than the checkpoint's data: choose its --dataset")
+    torch.manual_seed(seed)
+    model = build_model(data.meta["vocab_size"], given, checkpoint).to(place.device)
+    optimizer = build_optimizer(model)
+    scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
+    step, best_val_loss = 0, math.inf
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        step, best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
+    elif place.rank == 0:
+        open_out_dir(data)
+    train(place, data, model, optimizer, scaler, step, best_val_loss)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def announce(model, tokens_per_step, place):
+    n, pruned = (sum(p.numel() for p in ps) for ps in (model.parameters(), model.decayed_parameters()))
+    print(f"{n:,} parameters, {pruned:,} of them in matrices pruned to {target_l0_fraction:.4%} | {max_iters:,} "
+          f"steps of {tokens_per_step:,} tokens | {place.world_size} x {place.device.type}, {place.dtype}", flush=True)
+
+
+def gradients_of_step(network, data, scaler, step, place):
+    """Forward and backward over this rank's share of the step's micro-batches. Returns their mean loss, a tensor ()."""
+    micro_steps = range(place.rank, gradient_accumulation_steps, place.world_size)
+    total = 0.0
+    for micro_step in micro_steps:
+        x, y = training_batch(data, step, micro_step, place)
+        waits = place.world_size > 1 and micro_step != micro_steps[-1]  # gradients are averaged over ranks at the last
+        with network.no_sync() if waits else nullcontext():
+            with place.autocast():
+                loss = network(x, y)[1] / len(micro_steps)
+            scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
+
+
+def train(place, data, model, optimizer, scaler, step, best_val_loss):
+    """Make updates `step` to max_iters - 1, with all that goes on around them."""
+    master = place.rank == 0
+    log = Log(step) if master else None
+    stop_signal = StopSignal()
+    watch_activations(model)
+    if compile:
+        compile_blocks(model, place)
+    network = model
+    if place.world_size > 1:
+        network = DistributedDataParallel(model, device_ids=[place.device] if place.device.type == "cuda" else None)
+    tokens_per_step = gradient_accumulation_steps * batch_size * block_size
+    seconds = []  # that steps took since they were last logged
+    if master:
+        announce(model, tokens_per_step, place)
+
+    while True:
+        if step % eval_interval == 0 or step == max_iters:
+            check_ranks_agree(model, place, step)
+            losses = evaluate(model, data, place)
+            better = losses["val/loss"] < best_val_loss
+            best_val_loss = min(best_val_loss, losses["val/loss"])
+            if master:
+                log.write({"step": step, **losses, "val/best_loss": best_val_loss})
+                for name in ("best.pt", "ckpt.pt") if better else ("ckpt.pt",):
+                    save_checkpoint(name, model, optimizer, scaler, step, best_val_loss, data)
+        if step == max_iters:
+            break
+
+        begun, record = time.perf_counter(), {}
+        loss = gradients_of_step(network, data, scaler, step, place)
+        if master and due(step, log_gradients_every_n_steps):
+            record |= gradient_statistics(model, scaler.get_scale())
+        rms = update_(model, optimizer, scaler, step).item()
+        loss, stopping = place.reduce([loss.item() / place.world_size, float(stop_signal.received)])
+        seconds.append(time.perf_counter() - begun)
+        if not math.isfinite(loss) or (not math.isfinite(rms) and scaler.get_scale() <= 1):
+            stop(f"at step {step} the loss is {loss} and the gradients' RMS {rms}")  # float16 may overflow: scale > 1
+        if master:
+            if due(step, log_every_n_steps):
+                seconds_per_step = sum(seconds) / len(seconds)
+                seconds.clear()
+                record |= {"loss": loss, "lr": lr_at(step), "tokens": (step + 1) * tokens_per_step, "grad_rms": rms,
+                           "tokens_per_second": tokens_per_step / seconds_per_step,
+                           "seconds_left": seconds_per_step * (max_iters - 1 - step),
+                           **activation_statistics(model)}
+            if due(step, log_weights_every_n_steps):
+                record |= weight_statistics(model)
+            if due(step, log_sparsity_every_n_steps):
+                record |= sparsity_statistics(model, step)
+            if record:
+                log.write({"step": step, **record})
+        step += 1
+
+        if stopping:
+            check_ranks_agree(model, place, step)
+            if master:
+                save_checkpoint("ckpt.pt", model, optimizer, scaler, step, best_val_loss, data)
+                print(f"stopped after step {step - 1}; go on with: {resume_command()}", flush=True)
+            break
+
+    if master:
+        log.close()
+
+
+if __name__ == "__main__":
+    main()
