@@ -455,7 +455,7 @@ def check_ranks_agree(model, place, step):
         stop(f"at step {step} the weights of rank {differing[0]} differ from those of rank 0")
 
 
-def save_checkpoint(name, model, optimizer, scaler, step, best_val_loss, data):
+def save_checkpoint(name, model, optimizer, scaler, step, best, data):
     """Write out_dir/`name` beside and rename it into place: whatever happens, a whole checkpoint is there.
 
     The random state needs no room: weights aside, all that is random is a function of the seed and the step.
@@ -468,9 +468,10 @@ def save_checkpoint(name, model, optimizer, scaler, step, best_val_loss, data):
         "config": asdict(model.config),
         "settings": settings_of(globals()),
         "step": step,
-        "best_val_loss": best_val_loss,
+        "best_val_loss": best[1],
+        "best_l0": best[0],  # of the model that had this loss
         "tokenizer_sha256": data.meta["tokenizer_sha256"],
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
     try:
         with open(path + ".tmp", "wb") as f:
@@ -624,14 +625,14 @@ def main():
     model = build_model(data.meta["vocab_size"], given, checkpoint).to(place.device)
     optimizer = build_optimizer(model)
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
-    step, best_val_loss = 0, math.inf
+    step, best = 0, (1.0, math.inf)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        step, best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
+        step, best = checkpoint["step"], (checkpoint["best_l0"], checkpoint["best_val_loss"])
     elif place.rank == 0:
         open_out_dir(data)
-    train(place, data, model, optimizer, scaler, step, best_val_loss)
+    train(place, data, model, optimizer, scaler, step, best)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -657,7 +658,7 @@ def gradients_of_step(network, data, scaler, step, place):
     return total
 
 
-def train(place, data, model, optimizer, scaler, step, best_val_loss):
+def train(place, data, model, optimizer, scaler, step, best):
     """Make updates `step` to max_iters - 1, with all that goes on around them."""
     master = place.rank == 0
     log = Log(step) if master else None
@@ -677,12 +678,12 @@ def train(place, data, model, optimizer, scaler, step, best_val_loss):
         if step % eval_interval == 0 or step == max_iters:
             check_ranks_agree(model, place, step)
             losses = evaluate(model, data, place)
-            better = losses["val/loss"] < best_val_loss
-            best_val_loss = min(best_val_loss, losses["val/loss"])
+            result = (l0_at(max(step - 1, 0)), losses["val/loss"])
+            better, best = result < best, min(result, best)  # a sparser model first, then the lower loss
             if master:
-                log.write({"step": step, **losses, "val/best_loss": best_val_loss})
+                log.write({"step": step, **losses, "val/best_loss": best[1]})
                 for name in ("best.pt", "ckpt.pt") if better else ("ckpt.pt",):
-                    save_checkpoint(name, model, optimizer, scaler, step, best_val_loss, data)
+                    save_checkpoint(name, model, optimizer, scaler, step, best, data)
         if step == max_iters:
             break
 
@@ -714,7 +715,7 @@ def train(place, data, model, optimizer, scaler, step, best_val_loss):
         if stopping:
             check_ranks_agree(model, place, step)
             if master:
-                save_checkpoint("ckpt.pt", model, optimizer, scaler, step, best_val_loss, data)
+                save_checkpoint("ckpt.pt", model, optimizer, scaler, step, best, data)
                 print(f"stopped after step {step - 1}; go on with: {resume_command()}", flush=True)
             break
 

@@ -1,0 +1,95 @@
+"""Print what a trained model writes, as it writes it.
+
+    python sample.py --out_dir=out/quickstart --start="def " --temperature=0.8
+    python sample.py --out_dir=out/quickstart --start=FILE:prompt.txt
+"""
+import codecs
+import os
+
+import torch
+
+from configurator import configure, fail
+from model import GPT, GPTConfig
+from prepare import load_tokenizer
+from train import find_place, load_checkpoint
+
+out_dir = "out"  # of the training run
+checkpoint = "ckpt.pt"  # in out_dir: 'ckpt.pt' is the latest, 'best.pt' the one of the best val loss
+init_from = "resume"  # out_dir's checkpoint; or the folder of a released model
+start = "<|endoftext|>"  # the prompt, or FILE:path of a text that holds it; the default begins a new document
+num_samples = 3
+max_new_tokens = 200
+temperature = 0.8  # 0: always the likeliest token; 1: as the model predicts
+top_k = 200  # draw among the k likeliest tokens; 0: among all
+seed = 1337
+device = "auto"  # 'auto', 'cpu', 'cuda', 'cuda:1'
+dtype = "auto"  # of autocast: 'auto', 'float32', 'bfloat16', 'float16'
+
+
+def check_settings():
+    for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
+        if not globals()[name] >= least:
+            fail(f"{name}={globals()[name]} must be at least {least}")
+
+
+def load_model():
+    """The model to sample from, and its tokenizer."""
+    if init_from == "resume":
+        saved = load_checkpoint(os.path.join(out_dir, checkpoint))
+        model = GPT(GPTConfig(**saved["config"]))
+        model.load_state_dict(saved["model"])
+        tokenizer_path = os.path.join(out_dir, "tokenizer.json")
+    else:
+        model = GPT.from_circuit_sparsity(init_from)
+        tokenizer_path = os.path.join(init_from, "tokenizer.json")
+    try:
+        return model, load_tokenizer(tokenizer_path)
+    except (OSError, ValueError) as e:
+        fail(f"cannot read the tokenizer {tokenizer_path} ({e}): copy it from the folder of the data")
+
+
+def read_prompt(tokenizer, block_size):
+    """The prompt's token ids, (1, T)."""
+    text = start
+    if start.startswith("FILE:"):
+        try:
+            with open(start[len("FILE:"):], encoding="utf-8") as f:
+                text = f.read()
+        except (OSError, UnicodeDecodeError) as e:
+            fail(f"cannot read the prompt {start[len('FILE:'):]} ({e}): give the path of a UTF-8 text")
+    text = text or "<|endoftext|>"
+    for character in text:
+        try:
+            for byte in character.encode():
+                tokenizer.encode_single_token(bytes([byte]))
+        except (UnicodeEncodeError, KeyError):
+            fail(f"the tokenizer cannot spell {character!r}: leave it out of the prompt")
+    ids = tokenizer.encode(text, allowed_special="all")
+    if len(ids) > block_size:
+        fail(f"the prompt has {len(ids)} tokens, more than the model's window of {block_size}: shorten it")
+    return torch.tensor([ids])
+
+
+def main():
+    configure(globals())
+    check_settings()
+    place = find_place(device, dtype)
+    model, tokenizer = load_model()
+    prompt = read_prompt(tokenizer, model.config.block_size).to(place.device)
+    model.to(place.device)
+    if place.device.type == "cpu":
+        model.use_sparse_kernels_()
+    torch.manual_seed(seed)
+    for number in range(1, num_samples + 1):
+        print(f"---------- sample {number} of {num_samples}")
+        # a character may be spelt by several tokens: the decoder prints it when its last byte has come
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        print(tokenizer.decode(prompt[0].tolist()), end="", flush=True)
+        with place.autocast():
+            for token in model.stream(prompt, max_new_tokens, temperature, top_k or None):
+                print(decoder.decode(tokenizer.decode_single_token_bytes(token.item())), end="", flush=True)
+        print(decoder.decode(b"", final=True))
+
+
+if __name__ == "__main__":
+    main()
