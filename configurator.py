@@ -2,18 +2,20 @@
 
     python train.py config/quickstart.py --d_model=256 --target_l0_fraction=1/32
 
-A script's settings are its module-level globals, and `configure(globals())` changes them in the order given: a bare
-argument is a config file (Python that assigns to settings), `--key=value` is one setting. A key that the script does not
-have, or a value of another type than the default's, ends the script: a misspelt setting never runs silently.
+A script's settings are its module-level globals, and `configure(globals())` changes them in the order
+given: a bare argument is a config file (Python that assigns to settings), `--key=value` is one setting. A
+key that the script does not have, or a value of another type than the default's, ends the script: a
+misspelt setting never runs silently.
 """
 import difflib
 import os
+import runpy
 import sys
 from fractions import Fraction
 
 
 def fail(message):
-    """End the script the way every user error ends: one line on stderr, exit status 2 (under torchrun, one per node)."""
+    """End the script as every user error does: one line on stderr (under torchrun one per node), exit status 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
@@ -28,8 +30,8 @@ def settings_of(namespace):
 def configure(settings, argv=None):
     """Override `settings` (a script's globals()) in place from `argv` (default: the command line).
 
-    Returns the set of names that were set. Ends the script with one line (see `fail`) on an unknown key, a wrong type,
-    an unreadable file or an argument that is neither a file nor `--key=value`.
+    Returns the set of names that were set. Ends the script with one line (see `fail`) on an unknown key, a
+    wrong type, an unreadable file or an argument that is neither a file nor `--key=value`.
     """
     known = settings_of(settings)
     chosen = {}
@@ -48,20 +50,18 @@ def configure(settings, argv=None):
 
 
 def run_config_file(path):
-    """Run the Python file at `path`; return what it assigned. Names with a leading underscore and modules stay private."""
-    namespace = {}
+    """Run the Python file at `path`; return what it assigned, but names with a leading underscore and modules."""
+    if not os.path.isfile(path):
+        fail(f"no config file {path}: check the path, or write a setting as --key=value")
     try:
-        with open(path, encoding="utf-8") as f:
-            exec(compile(f.read(), path, "exec"), namespace)
-    except OSError as e:
-        fail(f"cannot read the config file {path}: {e.strerror}")
-    except Exception as e:
+        namespace = runpy.run_path(path)
+    except Exception as e:  # noqa: BLE001  whatever the user's own code may raise
         fail(f"the config file {path} does not run: {type(e).__name__}: {e}".replace("\n", " "))
     return {k: v for k, v in namespace.items() if not k.startswith("_") and type(v) is not type(os)}
 
 
 def parse(text, default):
-    """Read `text` as a value of the default's type. Text that is no such value comes back unread, for `check` to report."""
+    """Read `text` as a value of the default's type; text that is no such value comes back as it is, for `check`."""
     try:
         if type(default) is bool:
             return {"true": True, "false": False}[text.lower()]
@@ -75,7 +75,7 @@ def parse(text, default):
 
 
 def check(key, value, known, where=""):
-    """Return `value` if it may be assigned to setting `key`, an int as a float where a float is due; else end the script."""
+    """Return `value` as setting `key` takes it, an int as a float where a float is due; or end the script."""
     if key not in known:
         close = difflib.get_close_matches(key, known, n=1, cutoff=0)
         fail(f"unknown setting {key!r}{where}: the closest that exists is {close[0]!r}")
@@ -83,5 +83,5 @@ def check(key, value, known, where=""):
     if expected is float and type(value) is int:
         return float(value)
     if type(value) is not expected:
-        fail(f"{key}={value!r}{where} has the wrong type: expected {expected.__name__}, as in {key}={known[key]!r}")
+        fail(f"{key}={value!r}{where} has the wrong type: expected {expected.__name__}, like {known[key]!r}")
     return value

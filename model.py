@@ -1,32 +1,37 @@
-"""A weight-sparse GPT, after Gao et al. 2025, "Weight-sparse transformers have interpretable circuits" (arXiv 2511.13653).
+"""A weight-sparse GPT, after Gao et al. 2025, "Weight-sparse transformers have interpretable circuits"
+(arXiv 2511.13653).
 
-The architecture is GPT-2's with five changes: RMSNorm, AbsTopK at the paper's node sites, an attention sink per head, a
-dense bigram table beside the unembedding, and no positional embedding. What makes the model weight-sparse is not in the
-forward pass at all: train.py calls `GPT.prune_` after every optimizer step.
+The architecture is GPT-2's with five changes: RMSNorm, AbsTopK at the paper's node sites, an attention sink
+in every head, a dense bigram table beside the unembedding, and no positional embedding. What makes the
+model weight-sparse is not in the forward pass: train.py calls `GPT.prune_` after every optimizer step.
 
 Read from the top: each part is built from those above it.
 """
+import json
 import math
+import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the k largest: what activations and weights are both sparsified by
 
 SAME_SIZE_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # element size in bytes -> integer type
-workers = ThreadPoolExecutor(torch.get_num_threads())  # numpy sorts on one thread, and lets others run meanwhile
+workers = ThreadPoolExecutor(torch.get_num_threads())  # a numpy call takes one core, and lets others run
 
 
 @torch.library.custom_op("weight_sparse::keep_largest", mutates_args=())
 def keep_largest(magnitude: torch.Tensor, k: int) -> torch.Tensor:
-    """Mask of the k largest entries of `magnitude` (..., n), all >= 0, along the last dimension: (..., n), bool.
+    """Mask, bool (..., n), of the k largest entries of `magnitude` (..., n), all >= 0, along the last dimension.
 
-    Exactly k entries are kept, the lower index first among equals (equals are common in bfloat16, and after a ReLU).
+    Exactly k entries are kept, the lower index first among equals: these are common in bfloat16 and after a
+    ReLU.
     """
     bits = magnitude.view(SAME_SIZE_INT[magnitude.itemsize])  # of floats >= 0: integers in the same order
     kth = bits.topk(k, sorted=False).values.amin(-1, keepdim=True)
@@ -35,7 +40,7 @@ def keep_largest(magnitude: torch.Tensor, k: int) -> torch.Tensor:
 
 @keep_largest.register_kernel("cpu")
 def _(magnitude, k):
-    # numpy's vectorized partition finds the k-th largest an order of magnitude sooner than torch.topk: bench.py, "AbsTopK".
+    # numpy's vectorized partition finds the k-th largest an order of magnitude sooner than torch.topk
     bits = magnitude.view(SAME_SIZE_INT[magnitude.itemsize])
     rows = bits.reshape(-1, bits.size(-1)).numpy()
     kth = np.empty((len(rows), 1), rows.dtype)
@@ -59,15 +64,15 @@ def _(magnitude, k):
 
 
 def break_ties(bits, kth, k):
-    """Mask of the k largest of `bits` (..., n), given the k-th largest (..., 1): lower indices first among its equals."""
+    """Mask of the k largest of `bits` (..., n), given the k-th largest (..., 1); of its equals the first."""
     above, equal = bits > kth, bits == kth
     return above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
 
 
 def abs_topk(x, k):
-    """Keep the k entries of x (..., n) that are largest in magnitude along the last dimension; zero the rest.
+    """Keep the k entries of x (..., n) of largest magnitude along the last dimension, and zero the rest.
 
-    Exactly k entries are kept, the lower index first among equals; gradient flows to them alone (section 2.2).
+    Exactly k are kept, the lower index first among equals; gradient flows to them alone (section 2.1).
     Raises ValueError unless 1 <= k <= n.
     """
     if not 1 <= k <= x.size(-1):
@@ -90,28 +95,30 @@ class AbsTopK(nn.Module):
 
 
 def site(config, location, dim):
-    """The module at one of the paper's node sites: AbsTopK over `dim` entries, or an identity if it is switched off."""
+    """The module at one of the paper's node sites: AbsTopK over `dim` entries, or an identity if it is off."""
     k = int(config.activation_topk_fraction * dim)
     return AbsTopK(k) if location in config.locations and k < dim else nn.Identity()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# attention, with and without a sink. q, k, v: (B, n_head, T, d_head), with fewer queries than keys when decoding
+# ----------------------------------------------------------------------------------------------------------
+# attention, without and with a sink. q, k, v: (B, n_head, T, d_head); one query and all keys when decoding
 
 
 def causal_attention(q, k, v, sink_logit, dropout_p):
-    """Plain causal attention, scale 1/sqrt(d_head). A single query is the newest token: it sees every key."""
+    """Plain causal attention, scale 1/sqrt(d_head). A single query is the newest token, and sees every key."""
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=q.size(2) > 1)
 
 
 class FusedSinkAttention(torch.autograd.Function):
     """`sink_attention` on a CPU at the price of plain causal attention (bench.py, "attention with sink").
 
-    Flash attention gives y = sum(exp(s) v) / Z and lse = log Z, with Z = sum(exp(s)). A sink only adds exp(b) to Z, so
+    Flash attention gives y = sum(exp(s) v) / Z and lse = log Z, where Z = sum(exp(s)). A sink adds exp(b)
+    to Z, so
         y_sink = y * Z / (Z + exp(b)) = y * sigmoid(lse - b)    and    lse_sink = log(exp(lse) + exp(b)).
-    The backward pass of flash attention sees the softmax through these two alone (it rebuilds each weight as exp(s - lse)
-    and its correction as the row sum of dy * y): given y_sink and lse_sink, it yields the exact gradients of q, k and v.
-    The sink's own weight is 1 - sigmoid(lse - b), its value zero; its softmax gradient is what remains for b.
+    The backward pass of flash attention knows the softmax by these two alone: it rebuilds a weight as exp(s
+    - lse) and subtracts the row sum of dy * y. Given y_sink and lse_sink it yields the exact gradients of
+    q, k and v. The sink's weight is 1 - sigmoid(lse - b) and its value zero, which leaves -sum(dy * y)
+    times that weight for b.
     """
 
     @staticmethod
@@ -135,26 +142,28 @@ class FusedSinkAttention(torch.autograd.Function):
 
 
 def sink_attention(q, k, v, sink_logit, dropout_p):
-    """Causal attention in which each head also sees one more key, of logit `sink_logit` (n_head) and value zero.
+    """Causal attention in which a head sees one more key, of logit `sink_logit` (n_head) and value zero.
 
-    The weights are exp(s) / (exp(b) + sum exp(s)) for scores s and sink logit b: a head may attend to nothing.
+    The weights are exp(s) / (exp(b) + sum exp(s)) for scores s and sink logit b: a head may attend to
+    nothing.
     """
     if q.device.type == "cpu" and dropout_p == 0.0:
         return FusedSinkAttention.apply(q, k, v, sink_logit)
-    # Elsewhere the sink is a real key at position 0, before all others, so that the causal mask lets every query see it.
-    # One more coordinate, 1 in the queries and 0 in the other keys, gives it the logit b whatever the query.
+    # Elsewhere the sink is a real key at position 0, where the causal mask lets every query see it. One
+    # coordinate more, 1 in all queries and 0 in all other keys, gives it the logit b whatever the query.
     d_head, causal = q.size(-1), q.size(2) > 1
     more = 8  # coordinates: one does it, fused kernels want a multiple of eight
     b = (sink_logit * math.sqrt(d_head)).to(k.dtype).view(1, -1, 1, 1).expand(k.size(0), -1, 1, 1)
     k = torch.cat([F.pad(b, (d_head, more - 1)), F.pad(k, (0, more))], dim=2)
     v = F.pad(v, (0, more, 1, 0))
-    q = F.pad(F.pad(q, (0, 1), value=1.0), (0, more - 1, int(causal), 0))  # one query more too, for the sink's position
-    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal, scale=1 / math.sqrt(d_head))
-    return y[:, :, int(causal):, :d_head]
+    first = int(causal)  # the sink's position takes a query too
+    q = F.pad(F.pad(q, (0, 1), value=1.0), (0, more - 1, first, 0))
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal, scale=d_head**-0.5)
+    return y[:, :, first:, :d_head]
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, for one attention layer: allocated once, filled as tokens come."""
+    """Keys and values of the positions that one attention layer has seen: allocated once, filled as they come."""
 
     def __init__(self, block_size):
         self.block_size = block_size
@@ -192,7 +201,7 @@ class CausalSelfAttention(nn.Module):
         B, T, _ = x.shape
         q, k, v = self.c_attn(self.attn_in(x)).chunk(3, dim=-1)
         q, k, v = self.attn_q(q), self.attn_k(k), self.attn_v(v)
-        q, k, v = (t.view(B, T, self.n_head, self.d_head).transpose(1, 2) for t in (q, k, v))  # (B, n_head, T, d_head)
+        q, k, v = (t.view(B, T, self.n_head, self.d_head).transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             k, v = cache.extend(k, v)
         y = self.attend(q, k, v, self.sink_logit, self.dropout_p if self.training else 0.0)
@@ -200,7 +209,7 @@ class CausalSelfAttention(nn.Module):
         return self.attn_out(self.dropout(self.c_proj(y)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the block
 
 ACTIVATIONS = {"identity": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU}
@@ -243,12 +252,15 @@ class Block(nn.Module):
 class NoPositions(nn.Module):
     """Stands where the positional embedding would, and adds nothing."""
 
+    def __init__(self, block_size, d_model):
+        super().__init__()
+
     def forward(self, positions):
         return 0.0
 
 
 def bigram_row(idx, table):
-    """The logits that the current token alone gives the next, its row of `table`: (B, T) -> (B, T, vocab_size).
+    """The logits that the current token by itself gives the next, its row of `table`: (B, T, vocab_size).
 
     As in the released code, the row of the last token (here the end of a text) gets no gradient.
     """
@@ -259,7 +271,7 @@ def no_bigram(idx, table):
     return 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the model
 
 LOCATIONS = ("attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in", "mlp_neuron", "mlp_out",
@@ -268,7 +280,7 @@ LOCATIONS = ("attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in", "mlp
 
 @dataclass
 class GPTConfig:
-    """Architecture of a GPT; the defaults are the paper's. Raises ValueError, in one sentence, on what cannot be built."""
+    """Architecture of a GPT. Raises ValueError, in one sentence, on what cannot be built."""
 
     n_layer: int = 8
     d_model: int = 1024  # width of the residual stream, a multiple of d_head
@@ -293,13 +305,13 @@ class GPTConfig:
         for name in ("n_layer", "d_model", "d_head", "block_size", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name, legal in (("activation", ("gelu", "relu")), ("residual_activation", ("identity", "relu"))):
-            if getattr(self, name) not in legal:
-                raise ValueError(f"{name}={getattr(self, name)!r} does not exist: choose one of {', '.join(legal)}")
-        for location in self.locations:
-            if location not in LOCATIONS:
-                raise ValueError(f"activation_sparsity_locations names {location!r}, which does not exist: choose from "
-                                 f"{', '.join(LOCATIONS)}")
+        for name, value, legal in (
+            ("activation", self.activation, ("gelu", "relu")),
+            ("residual_activation", self.residual_activation, ("identity", "relu")),
+            *(("activation_sparsity_locations", location, LOCATIONS) for location in self.locations),
+        ):
+            if value not in legal:
+                raise ValueError(f"{name}: {value!r} does not exist, choose from {', '.join(legal)}")
         if self.n_head < 0 or self.d_mlp < 0:
             raise ValueError(f"n_head={self.n_head} and d_mlp={self.d_mlp} must not be negative")
         if not self.n_head and self.d_model % self.d_head:
@@ -309,41 +321,89 @@ class GPTConfig:
         self.n_head = self.n_head or self.d_model // self.d_head
         self.d_mlp = self.d_mlp or 4 * self.d_model
         smallest = min(self.d_model, self.n_head * self.d_head, self.d_mlp)
-        if not 1 <= self.activation_topk_fraction * smallest <= smallest:
-            raise ValueError(f"activation_topk_fraction={self.activation_topk_fraction} must be at most 1 and keep at "
-                             f"least one of {smallest} entries: choose {1 / smallest:.4g} or more")
+        fraction = self.activation_topk_fraction
+        if not 1 <= fraction * smallest <= smallest:
+            raise ValueError(f"activation_topk_fraction={fraction} must be at most 1 and keep at least one of "
+                             f"{smallest} entries: choose {1 / smallest:.4g} or more")
 
     @property
     def locations(self):
         return [name.strip() for name in self.activation_sparsity_locations.split(",") if name.strip()]
 
 
-class GPT(nn.Module):
-    # Every parameter is in one of these two, by the end of its name. A pruned matrix has a neuron dimension if its neurons
-    # keep a minimum of weights each: a neuron is a row of what reads the residual stream (dimension 0) and a column of what
-    # writes to it (dimension 1). Pruned matrices are also the ones that decay.
-    PRUNED = {"wte.weight": None, "wpe.weight": None, "lm_head.weight": None,
-              "c_attn.weight": 0, "c_fc.weight": 0, "c_proj.weight": 1,
-              "c_attn.bias": None, "c_fc.bias": None, "c_proj.bias": None}
-    DENSE = ("bigram_table", "attn.sink_logit", "ln_1.weight", "ln_2.weight", "ln_f.weight",
-             "ln_1.bias", "ln_2.bias", "ln_f.bias")
+CIRCUIT_SPARSITY_NAMES = {  # key of beeg_config.json -> field of GPTConfig
+    "block_size": "block_size", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
+    "d_head": "d_head", "d_model": "d_model", "d_mlp": "d_mlp", "dropout": "dropout", "bias": "use_bias",
+    "rms_norm": "use_rms_norm", "residual_activation_type": "residual_activation",
+    "activation_type": "activation", "afrac": "activation_topk_fraction",
+    "afrac_loctypes": "activation_sparsity_locations", "tied_unembed": "tie_embeddings",
+    "enable_bigram_table": "use_bigram_table", "sink": "use_attention_sinks",
+}
+CIRCUIT_SPARSITY_DEFAULTS = {  # of the keys that a beeg_config.json may lack
+    "d_head": None, "d_mlp": None, "dropout": 0.0, "bias": True, "rms_norm": False,
+    "residual_activation_type": "identity", "activation_type": "gelu", "afrac": None,
+    "afrac_loctypes": "attn_in,attn_out,mlp_in,mlp_out", "tied_unembed": True, "enable_bigram_table": False,
+    "sink": False,
+}
+CIRCUIT_SPARSITY_OTHER = {  # keys that change nothing in the model's function, or are seen to apart
+    "n_mlp", "ln_bias", "flash", "grad_checkpointing", "debug_nans", "learnable_bigram_table",
+    "bigram_table_rank", "d_pos_emb", "dropout_cat_pos_emb", "sinusoidal_cat_pos_emb",
+    "enable_sparse_kernels", "tokenizer_name", "use_tied_aux_matrix",
+}
 
+
+def config_from_circuit_sparsity(theirs):
+    """The GPTConfig that a beeg_config.json (a dict) means. Raises ValueError if it needs a part that is not here."""
+    for is_there, part in (
+        (theirs.get("d_pos_emb") is not None, "concatenates positional embeddings instead of adding them (d_pos_emb)"),
+        (theirs.get("use_tied_aux_matrix"), "has an auxiliary matrix (use_tied_aux_matrix)"),
+        (not theirs.get("rms_norm") and not theirs.get("ln_bias", True), "has LayerNorms without bias (ln_bias)"),
+    ):
+        if is_there:
+            raise ValueError(f"the model {part}, which this one cannot")
+    unknown = ", ".join(sorted(theirs.keys() - CIRCUIT_SPARSITY_NAMES.keys() - CIRCUIT_SPARSITY_OTHER))
+    if unknown:
+        warnings.warn(f"beeg_config.json has keys that mean nothing here: {unknown}", stacklevel=3)
+    values = CIRCUIT_SPARSITY_DEFAULTS | theirs
+    if "n_mlp" in theirs:
+        values["d_mlp"] = theirs["n_mlp"]
+    try:
+        values["d_head"] = values["d_head"] or values["d_model"] // values["n_head"]
+        values["d_mlp"] = values["d_mlp"] or 0
+        values["afrac"] = 1.0 if values["afrac"] is None else values["afrac"]
+        return GPTConfig(**{name: values[their_name] for their_name, name in CIRCUIT_SPARSITY_NAMES.items()})
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"beeg_config.json lacks or misstates a key ({e})") from None
+
+
+# Every parameter is in one of these two, by the end of its name. PRUNED says along which dimension a
+# matrix's neurons lie, each of which keeps a minimum of weights: a neuron is a row of what reads the
+# residual stream, a column of what writes to it; None where there is no such minimum.
+PRUNED = {"wte.weight": None, "wpe.weight": None, "lm_head.weight": None,
+          "c_attn.weight": 0, "c_fc.weight": 0, "c_proj.weight": 1,
+          "c_attn.bias": None, "c_fc.bias": None, "c_proj.bias": None}
+DENSE = ("bigram_table", "attn.sink_logit", "ln_1.weight", "ln_2.weight", "ln_f.weight",
+         "ln_1.bias", "ln_2.bias", "ln_f.bias")
+
+
+class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
         norm = nn.RMSNorm if config.use_rms_norm else nn.LayerNorm
-        self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.d_model),
-            wpe=nn.Embedding(config.block_size, config.d_model) if config.use_positional_embeddings else NoPositions(),
-            drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=norm(config.d_model),
-        ))
+        positions = nn.Embedding if config.use_positional_embeddings else NoPositions
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.vocab_size, config.d_model),
+            "wpe": positions(config.block_size, config.d_model),
+            "drop": nn.Dropout(config.dropout),
+            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            "ln_f": norm(config.d_model),
+        })
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
-        table = nn.Parameter(torch.empty(config.vocab_size, config.vocab_size)) if config.use_bigram_table else None
-        self.register_parameter("bigram_table", table)
+        table = torch.empty(config.vocab_size, config.vocab_size) if config.use_bigram_table else None
+        self.bigram_table = nn.Parameter(table) if config.use_bigram_table else None
         self.bigram = bigram_row if config.use_bigram_table else no_bigram
         self.initialize_()
 
@@ -351,7 +411,7 @@ class GPT(nn.Module):
     def initialize_(self):
         """Draw all weights afresh. Norm gains stay 1, biases and sink logits 0."""
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # GPT-2's: the residual stream's variance stays put as layers add to it
+            if name.endswith("c_proj.weight"):  # as in GPT-2: the more layers add to the stream, the less
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif name == "bigram_table":
                 nn.init.uniform_(p, 0.0, 0.02)
@@ -365,8 +425,9 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """Logits of the next token at all positions (B, T, vocab_size), and the loss or None.
 
-        idx, targets: (B, T) token ids, T <= block_size (else ValueError). The loss is the mean cross-entropy in nats over
-        the targets that are not -1, in float32 whatever autocast says.
+        idx, targets: (B, T) token ids, T <= block_size (else ValueError). The loss is the mean
+        cross-entropy, in nats, over the targets that are not -1, computed in float32 whatever autocast
+        says.
         """
         x = self.residual_stream(idx)
         logits = self.unembed(x, idx)
@@ -377,11 +438,11 @@ class GPT(nn.Module):
         return logits, loss
 
     def residual_stream(self, idx, caches=None):
-        """The residual stream after the last block, (B, T, d_model). With `caches` idx continues what they hold."""
+        """The residual stream after the last block (B, T, d_model). With `caches`, idx continues what they hold."""
         start = caches[0].length if caches else 0
         T = idx.size(1)
         if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens do not fit the model's block_size of {self.config.block_size}")
+            raise ValueError(f"{start + T} tokens do not fit the block_size of {self.config.block_size}")
         positions = torch.arange(start, start + T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
         for i, block in enumerate(self.transformer.h):
@@ -389,12 +450,13 @@ class GPT(nn.Module):
         return x
 
     def unembed(self, x, idx):
-        """Logits (B, T, vocab_size) in float32 or better, of residual stream x (B, T, d_model) and its tokens idx (B, T)."""
+        """Logits (B, T, vocab_size), float32 or better, of residual stream x (B, T, d_model) at tokens idx (B, T)."""
         logits = self.lm_head(self.transformer.ln_f(x))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)) + self.bigram(idx, self.bigram_table)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits + self.bigram(idx, self.bigram_table)
 
     def sites(self):
-        """All node sites, switched on or not: a list of (location, module), the module's output being the nodes."""
+        """All node sites, on or off: a list of (location, module), the module's output being the nodes."""
         named = [(name.split(".")[-1], module) for name, module in self.named_modules()]
         return [(location, module) for location, module in named if location in LOCATIONS]
 
@@ -405,10 +467,10 @@ class GPT(nn.Module):
         found = []
         for name, p in self.named_parameters():
             end = ".".join(name.split(".")[-2:])
-            if end in self.PRUNED:
-                found.append((name, p, self.PRUNED[end]))
+            if end in PRUNED:
+                found.append((name, p, PRUNED[end]))
             else:
-                assert end in self.DENSE, f"say in GPT.PRUNED or GPT.DENSE whether {name} is pruned"
+                assert end in DENSE, f"say in PRUNED or DENSE whether {name} is pruned"
         return found
 
     def decayed_parameters(self):
@@ -422,11 +484,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def prune_(self, l0_fraction, min_weights_per_neuron=4, sparsify_biases=True):
-        """Zero all but int(l0_fraction * numel) entries of every matrix, in place, the largest in magnitude surviving.
+        """Zero all but the int(l0_fraction * numel) entries of largest magnitude in every matrix, in place.
 
-        The `min_weights_per_neuron` largest weights of each neuron are among the survivors whatever their rank, and count
-        among them. Biases keep max(1, int(l0_fraction * numel)) entries, or all without `sparsify_biases`. Raises
-        ValueError if the neurons' minimum does not fit.
+        The `min_weights_per_neuron` largest weights of each neuron are among the survivors whatever their
+        rank, and count among them. Biases keep max(1, int(l0_fraction * numel)) entries, or all without
+        `sparsify_biases`. Raises ValueError if the neurons' minimum does not fit.
         """
         for name, p, neuron_dim in self.sparse_parameters():
             k = max(int(l0_fraction * p.numel()), int(p.ndim == 1))
@@ -437,20 +499,91 @@ class GPT(nn.Module):
                 neurons = magnitude.transpose(0, neuron_dim).contiguous()  # (neurons, weights of each)
                 j = min(min_weights_per_neuron, neurons.size(1))
                 if j * neurons.size(0) > k:
-                    raise ValueError(f"{name} keeps {k} weights at L0 fraction {l0_fraction:.6g}, fewer than {j} for each "
-                                     f"of its {neurons.size(0)} neurons")
+                    raise ValueError(f"an L0 fraction of {l0_fraction:.6g} leaves {name} with {k} weights, fewer than "
+                                     f"{j} for each of its {neurons.size(0)} neurons")
                 floor = keep_largest(neurons, j).transpose(0, neuron_dim)
                 magnitude.masked_fill_(floor, torch.inf)
             p.masked_fill_(~keep_largest(magnitude.flatten(), k).view_as(p), 0.0)
+
+    # ---- the format of github.com/openai/circuit_sparsity
+
+    @classmethod
+    def from_circuit_sparsity(cls, folder):
+        """Read a model in the format of the released ones: beeg_config.json and final_model.pt in `folder`.
+
+        Raises OSError if a file cannot be read and ValueError, in one sentence, if the model has a part
+        that this one lacks: nothing is dropped but constants, and unknown keys of the configuration are
+        warned of.
+        """
+        with open(os.path.join(folder, "beeg_config.json"), encoding="utf-8") as f:
+            theirs = json.load(f)
+        path = os.path.join(folder, "final_model.pt")
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as e:  # what a file of any content makes torch.load raise is not documented
+            raise ValueError(f"{path} is no state dict that can be read safely ({type(e).__name__})") from None
+        tensors = {name.replace("attn.attn_imp.", "attn."): t for name, t in tensors.items()
+                   if not (name.endswith(".attn.bias") and t.ndim == 4)}  # a causal mask
+        config = config_from_circuit_sparsity(theirs)
+        if tensors.pop("final_logits_bias", torch.zeros(1)).any():
+            raise ValueError(f"{path} has a nonzero final_logits_bias, for which there is no place here")
+        positions = tensors.get("transformer.wpe.weight", torch.zeros(1))
+        config.use_positional_embeddings = bool(positions.any())
+        if not config.use_positional_embeddings:
+            tensors.pop("transformer.wpe.weight", None)  # zeros: adding them does nothing
+        if not config.use_bigram_table and not tensors.get("bigram_table", torch.zeros(1)).any():
+            tensors.pop("bigram_table", None)
+        if config.tie_embeddings:
+            wte = tensors.setdefault("transformer.wte.weight", tensors.get("lm_head.weight"))
+            if wte is None or not torch.equal(wte, tensors.setdefault("lm_head.weight", wte)):
+                raise ValueError(f"{path} holds two embeddings where beeg_config.json says tied_unembed")
+        model = cls(config)
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as e:
+            reason = " ".join(str(e).split("\n", 1)[-1].split())
+            raise ValueError(f"{path} does not fit its beeg_config.json: {reason}") from None
+        if config.use_bigram_table and not theirs.get("learnable_bigram_table", False):
+            model.bigram_table.requires_grad_(False)
+        return model
+
+    def to_circuit_sparsity(self, folder, tokenizer_name="tinypython_2k"):
+        """Write the model to `folder` in the format of the released ones, with all keys that their loader wants.
+
+        `tokenizer_name`: what their tools know the tokenizer by. Raises FileExistsError if there is a model
+        already.
+        """
+        path = os.path.join(folder, "beeg_config.json")
+        if os.path.exists(path):
+            raise FileExistsError(f"{path} exists: choose another folder")
+        os.makedirs(folder, exist_ok=True)
+        config = self.config
+        theirs = {their_name: getattr(config, name) for their_name, name in CIRCUIT_SPARSITY_NAMES.items()}
+        theirs |= {
+            "afrac": None if config.activation_topk_fraction == 1 else config.activation_topk_fraction,
+            "learnable_bigram_table": config.use_bigram_table and self.bigram_table.requires_grad,
+            "ln_bias": not config.use_rms_norm, "flash": True, "grad_checkpointing": False, "debug_nans": False,
+            "bigram_table_rank": None, "d_pos_emb": None, "tokenizer_name": tokenizer_name,
+        }
+        tensors = {name.replace("attn.sink_logit", "attn.attn_imp.sink_logit"): t.cpu()
+                   for name, t in self.state_dict().items()}
+        tensors.setdefault("transformer.wpe.weight", torch.zeros(config.block_size, config.d_model))
+        tensors["final_logits_bias"] = torch.zeros(config.vocab_size)
+        torch.save(tensors, os.path.join(folder, "final_model.pt"))
+        with open(path, "w", encoding="utf-8") as f:
+            json.dump(theirs, f, indent=2)
 
     # ---- sampling
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """Continue idx (B, T >= 1) by `max_new_tokens`, yielding each new token (B, 1) as soon as it is drawn.
+        """Continue idx (B, T >= 1) by `max_new_tokens`, yielding each token (B, 1) as soon as it is drawn.
 
-        Temperature 0 takes the likeliest token; top_k draws among the k likeliest. Keys and values are cached while the
-        text fits block_size; past that the window slides by one token at a time, and is read anew for each.
+        Temperature 0 takes the likeliest token; top_k draws among the k likeliest. Keys and values are
+        cached while the text fits block_size; past that the window slides by a token at a time and is read
+        anew for each.
         """
         was_training = self.training
         self.eval()
@@ -472,11 +605,12 @@ class GPT(nn.Module):
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k)], dim=1)
 
     def use_sparse_kernels_(self):
-        """Replace Linears that are mostly zeros by `SparseLinear`, in place: faster to sample from on a CPU, not trainable."""
+        """Replace Linears that are mostly zeros by `SparseLinear`, in place: to sample on a CPU, not to train."""
         for module in list(self.modules()):
             for name, child in module.named_children():
-                if isinstance(child, nn.Linear) and child.weight.count_nonzero() < SparseLinear.DENSITY * child.weight.numel():
-                    setattr(module, name, SparseLinear(child))
+                if isinstance(child, nn.Linear):
+                    if child.weight.count_nonzero() < SparseLinear.DENSITY * child.weight.numel():
+                        setattr(module, name, SparseLinear(child))
         return self
 
 
@@ -494,7 +628,7 @@ def draw(logits, temperature, top_k):
 class SparseLinear(nn.Module):
     """A Linear that does not multiply its zeros: the weight as compressed sparse rows."""
 
-    DENSITY = 0.2  # below this fraction of nonzeros it beats the dense product on a CPU: bench.py, "sampling"
+    DENSITY = 0.2  # below this fraction of nonzeros it beats the dense product on a CPU
 
     def __init__(self, linear):
         super().__init__()

@@ -4,19 +4,20 @@
     python sample.py --out_dir=out/quickstart --start=FILE:prompt.txt
 """
 import codecs
+import json
 import os
 
+import tiktoken
 import torch
 
 from configurator import configure, fail
-from model import GPT, GPTConfig
 from prepare import load_tokenizer
-from train import find_place, load_checkpoint
+from train import find_place, load_checkpoint, load_released, model_of
 
 out_dir = "out"  # of the training run
 checkpoint = "ckpt.pt"  # in out_dir: 'ckpt.pt' is the latest, 'best.pt' the one of the best val loss
 init_from = "resume"  # out_dir's checkpoint; or the folder of a released model
-start = "<|endoftext|>"  # the prompt, or FILE:path of a text that holds it; the default begins a new document
+start = "<|endoftext|>"  # the prompt, or FILE:path of a text with it; the default begins a new document
 num_samples = 3
 max_new_tokens = 200
 temperature = 0.8  # 0: always the likeliest token; 1: as the model predicts
@@ -27,25 +28,26 @@ dtype = "auto"  # of autocast: 'auto', 'float32', 'bfloat16', 'float16'
 
 
 def check_settings():
-    for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
-        if not globals()[name] >= least:
-            fail(f"{name}={globals()[name]} must be at least {least}")
+    least = {"num_samples": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0}
+    for name, value in least.items():
+        if not globals()[name] >= value:
+            fail(f"{name}={globals()[name]} must be at least {value}")
 
 
 def load_model():
     """The model to sample from, and its tokenizer."""
     if init_from == "resume":
-        saved = load_checkpoint(os.path.join(out_dir, checkpoint))
-        model = GPT(GPTConfig(**saved["config"]))
-        model.load_state_dict(saved["model"])
-        tokenizer_path = os.path.join(out_dir, "tokenizer.json")
+        model, folder = model_of(load_checkpoint(os.path.join(out_dir, checkpoint))), out_dir
     else:
-        model = GPT.from_circuit_sparsity(init_from)
-        tokenizer_path = os.path.join(init_from, "tokenizer.json")
+        model, folder = load_released(init_from), init_from
+    path = os.path.join(folder, "tokenizer.json")
     try:
-        return model, load_tokenizer(tokenizer_path)
+        if init_from != "resume" and not os.path.exists(path):  # released models name a tiktoken encoding
+            with open(os.path.join(folder, "beeg_config.json"), encoding="utf-8") as f:
+                return model, tiktoken.get_encoding(json.load(f).get("tokenizer_name", "tinypython_2k"))
+        return model, load_tokenizer(path)
     except (OSError, ValueError) as e:
-        fail(f"cannot read the tokenizer {tokenizer_path} ({e}): copy it from the folder of the data")
+        fail(f"no tokenizer for {folder} ({e}): copy the tokenizer.json of the model's data to {path}")
 
 
 def read_prompt(tokenizer, block_size):

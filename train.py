@@ -1,18 +1,19 @@
-"""Train a weight-sparse transformer: Adam, normalize, prune, decay (Gao et al. 2025, section 2 and appendix).
+"""Train a weight-sparse transformer: Adam, normalize, prune, decay (Gao et al. 2025, 2.1 and A.2).
 
     python train.py config/quickstart.py                                  # one process, CPU or GPU
     torchrun --nproc_per_node=8 train.py config/sparse_python.py          # one node, eight GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py ...
 
-Any setting below is changed in a config file or by a flag: --target_l0_fraction=1/32. A run that was interrupted goes on
-with the same command and --init_from=resume. The method is in `l0_at`, `lr_at` and `update_`; the rest is the loop
-around it, in the order in which things happen.
+Any setting below is changed in a config file or by a flag: --target_l0_fraction=1/32. A run that was
+interrupted goes on with the same command and --init_from=resume. The method is in `l0_at`, `lr_at` and
+`update_`; the rest is the loop around it, in the order in which things happen.
 """
 import hashlib
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -52,7 +53,7 @@ activation_sparsity_locations = GPTConfig.activation_sparsity_locations  # any o
 # weight sparsity
 target_l0_fraction = 1 / 64  # of the entries of every matrix stay nonzero; 1.0 trains dense
 sparsity_anneal_start_fraction = 0.01  # of training; until here the model is dense
-sparsity_anneal_end_fraction = 0.5  # of training; from here on it is at the target. Equal to start: sparse at once
+sparsity_anneal_end_fraction = 0.5  # of training; from here on it is the target
 min_weights_per_neuron = 4  # the paper's j; 0 switches it off
 sparsify_biases = True
 # optimizer
@@ -85,7 +86,7 @@ wandb_project = "weight-sparse"
 wandb_run_name = ""  # '': the last part of out_dir
 # system
 device = "auto"  # 'auto', 'cpu', 'cuda', 'cuda:1'; under torchrun each rank takes the GPU of its number
-dtype = "auto"  # 'auto', 'float32', 'bfloat16', 'float16': of autocast. auto: bfloat16 on a GPU, else float32
+dtype = "auto"  # of autocast: 'float32', 'bfloat16', 'float16'; 'auto': bfloat16 on a GPU, else float32
 compile = True  # torch.compile, where there is a compiler for it
 
 MODEL_SETTINGS = [f.name for f in fields(GPTConfig) if f.name in globals()]
@@ -95,7 +96,7 @@ MODEL_SETTINGS = [f.name for f in fields(GPTConfig) if f.name in globals()]
 
 
 def l0_at(step):
-    """Fraction of nonzero weights after update `step`: dense at first, then linearly down to the target (2.1)."""
+    """Fraction of nonzero weights after update `step`: 1 at first, then linearly down to the target (2.1)."""
     start = sparsity_anneal_start_fraction * max_iters
     length = (sparsity_anneal_end_fraction - sparsity_anneal_start_fraction) * max_iters
     done = min(max((step - start) / length, 0.0), 1.0) if length > 0 else float(step >= start)
@@ -103,7 +104,7 @@ def l0_at(step):
 
 
 def lr_at(step):
-    """Learning rate of update `step`: warmup, linear decay, and 1/sqrt(L0), which makes the curve a shark's fin."""
+    """Learning rate of update `step`: warmup and linear decay, times 1/sqrt(L0) for a shark's fin (A.2)."""
     warmup = int(warmup_fraction * max_iters)
     if step < warmup:
         base = learning_rate * step / warmup
@@ -121,10 +122,10 @@ def sharkfin_at(step):
 
 @torch.no_grad()
 def normalize_gradients_(parameters, target_rms):
-    """Scale all gradients together to a root mean square of `target_rms`, up as well as down; 0 leaves them alone.
+    """Scale all gradients together to a root mean square of `target_rms`, up as well as down.
 
-    Returns their root mean square before, a tensor (). This normalizes where others clip: a step's size never
-    depends on the gradient's.
+    Returns their root mean square before, a tensor (). A target of 0 leaves them alone. Where others clip,
+    this always normalizes: the size of a step never depends on the gradient's.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     rms = torch.nn.utils.get_total_norm(gradients) / math.sqrt(sum(g.numel() for g in gradients))
@@ -135,10 +136,10 @@ def normalize_gradients_(parameters, target_rms):
 
 @torch.no_grad()
 def update_(model, optimizer, scaler, step):
-    """Update `step` from the gradients at hand: normalize, Adam, prune, decay. Returns the gradients' RMS before.
+    """Update `step` from the gradients at hand: normalize, Adam, prune, decay. Returns their RMS before.
 
-    Gradients and Adam's moments are dense: they know nothing of the pruning, so a weight that is zero now keeps
-    collecting momentum and comes back when it outgrows the smallest survivor.
+    Gradients and Adam's moments stay dense, they know nothing of the pruning: a weight that is zero now is
+    moved by every update like any other, and stays once it outgrows the smallest survivor.
     """
     lr = lr_at(step)
     for group in optimizer.param_groups:
@@ -176,11 +177,11 @@ class Place:
         lower = self.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype) if lower else nullcontext()
 
-    def reduce(self, values, op=dist.ReduceOp.SUM):
-        """Reduce a list of numbers over all ranks: every rank gets the same list of floats."""
+    def sum(self, *values):
+        """Sum each of `values`, numbers, over all ranks: every rank gets the same list of floats."""
         values = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.world_size > 1:
-            dist.all_reduce(values, op)
+            dist.all_reduce(values)
         return values.tolist()
 
 
@@ -218,7 +219,7 @@ def find_place(device="auto", dtype="auto"):
 
 @dataclass
 class Data:
-    """The tokens of one folder that prepare.py wrote: memory-mapped, so that a corpus may be larger than the memory."""
+    """What prepare.py wrote to a folder, the tokens memory-mapped: a corpus may be larger than the memory."""
 
     train: np.memmap
     val: np.memmap
@@ -270,8 +271,11 @@ def windows(tokens, starts, place):
 
 
 def training_batch(data, step, micro_step, place):
-    """Micro-batch `micro_step` of update `step`, a function of these and of `seed` alone: resuming needs no more
-    than the step, and any number of ranks sees the same data. Seeds dropout by the same rule."""
+    """Micro-batch `micro_step` of update `step`, a function of these two and of `seed`.
+
+    So a resumed run needs nothing but its step, and any number of ranks sees the same data. What else is
+    random in training, dropout, is seeded here by the same rule.
+    """
     rng = np.random.default_rng([seed, step, micro_step])
     starts = rng.integers(len(data.train) - block_size, size=batch_size)
     torch.manual_seed(int(rng.integers(2**62)))
@@ -283,14 +287,14 @@ def training_batch(data, step, micro_step, place):
 
 
 def tensor_group(name):
-    """A parameter's name without its layer: the same tensor of all layers forms one group."""
+    """A parameter's name without its layer: the same tensor of all layers is one group."""
     return re.sub(r"transformer\.(h\.\d+\.)?|\.weight$", "", name)
 
 
 def watch_activations(model):
-    """Make every node site, and the final norm's input, leave statistics of what passes in their module.
+    """Let every node site, and the final norm of its input, keep statistics of what passed through it last.
 
-    Of the first sequence of the batch alone: sample enough, and a fraction of the cost.
+    They are of the first sequence of the batch: enough of a sample, at a fraction of the cost.
     """
 
     def watch_site(module, inputs, output):
@@ -308,14 +312,17 @@ def watch_activations(model):
 
 
 def activation_statistics(model):
-    """Of the last forward: each location's fraction of nonzeros and RMS, averaged over layers, and the kurtosis of
-    the final residual stream over its channels, averaged over tokens (3 for a Gaussian; the paper's figure 10)."""
+    """Of the last forward: the fraction of nonzeros and the RMS at each location, averaged over layers.
+
+    And the kurtosis of the final residual stream over its channels, averaged over tokens: 3 if Gaussian, and
+    rising with sparsity in the paper's figure 10.
+    """
     found = {}
     for location, module in model.sites():
         found.setdefault(location, []).append(module.statistics)
-    rows = torch.stack([torch.stack(rows).mean(0) for rows in found.values()]).tolist()
+    rows = torch.stack([torch.stack(layers).mean(0) for layers in found.values()]).tolist()
     statistics = {"activations/kurtosis_resid_final": model.transformer.ln_f.statistics.item()}
-    for location, (nonzero, rms) in zip(found, rows):
+    for location, (nonzero, rms) in zip(found, rows, strict=True):
         statistics[f"activations/nonzero/{location}"] = nonzero
         statistics[f"activations/rms/{location}"] = rms
     return statistics
@@ -323,7 +330,7 @@ def activation_statistics(model):
 
 @torch.no_grad()
 def gradient_statistics(model, scale):
-    """Mean, largest and smallest norm of a tensor's gradient, before normalization. `scale`: the loss scaler's."""
+    """Mean, largest and smallest norm of a tensor's gradient, before normalization, without the loss scale."""
     norms = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()])) / scale
     mean, largest, smallest = torch.stack([norms.mean(), norms.max(), norms.min()]).tolist()
     return {"gradients/norm_mean": mean, "gradients/norm_max": largest, "gradients/norm_min": smallest}
@@ -331,44 +338,44 @@ def gradient_statistics(model, scale):
 
 @torch.no_grad()
 def weight_statistics(model):
-    """Norm, mean and standard deviation of all weights of each tensor group."""
+    """Norm, mean and standard deviation of the weights of each tensor group."""
     groups = {}
     for name, p in model.named_parameters():
-        moments = torch.stack([p.sum(), p.square().sum()])
-        groups.setdefault(tensor_group(name), []).append((p.numel(), moments))
+        groups.setdefault(tensor_group(name), []).append(p.flatten())
     statistics = {}
-    for group, members in groups.items():
-        n = sum(numel for numel, _ in members)
-        total, squares = torch.stack([moments for _, moments in members]).sum(0).tolist()
-        statistics[f"weights/norm/{group}"] = math.sqrt(squares)
-        statistics[f"weights/mean/{group}"] = total / n
-        statistics[f"weights/std/{group}"] = math.sqrt(max(0.0, squares / n - (total / n) ** 2))
+    for group, tensors in groups.items():
+        weights = torch.cat(tensors)
+        statistics[f"weights/norm/{group}"] = weights.norm().item()
+        statistics[f"weights/mean/{group}"] = weights.mean().item()
+        statistics[f"weights/std/{group}"] = weights.std(correction=0).item()
     return statistics
 
 
 @torch.no_grad()
 def sparsity_statistics(model, step):
-    """After update `step`: the schedules' values, and what is really there: nonzeros of all that is pruned and of
-    each tensor group, as number and fraction, and neurons that have no weight left."""
-    counts, sizes, dead = {}, {}, []
+    """What update `step` was to leave and what is there.
+
+    Nonzeros in all and in each group of pruned tensors, as number and fraction; neurons with no weight left.
+    """
+    nonzero, total, dead = {}, {}, []
     for name, p, neuron_dim in model.sparse_parameters():
         group = tensor_group(name)
-        counts[group] = counts.get(group, 0) + p.count_nonzero()
-        sizes[group] = sizes.get(group, 0) + p.numel()
+        nonzero[group] = nonzero.get(group, 0) + p.count_nonzero()
+        total[group] = total.get(group, 0) + p.numel()
         if neuron_dim is not None:
-            dead.append((p != 0).any(dim=1 - neuron_dim).logical_not().sum())
-    *numbers, dead = torch.stack([*counts.values(), torch.stack(dead).sum()]).tolist()
+            dead.append((p == 0).all(dim=1 - neuron_dim).sum())
+    numbers = torch.stack([*nonzero.values(), torch.stack(dead).sum()]).tolist()
     statistics = {
         "sparsity/l0": l0_at(step),
         "sparsity/l0_target": target_l0_fraction,
         "sparsity/sharkfin": sharkfin_at(step),
-        "sparsity/nonzero": sum(numbers),
-        "sparsity/fraction": sum(numbers) / sum(sizes.values()),
-        "sparsity/dead_neurons": dead,
+        "sparsity/nonzero": sum(numbers[:-1]),
+        "sparsity/fraction": sum(numbers[:-1]) / sum(total.values()),
+        "sparsity/dead_neurons": numbers[-1],
     }
-    for group, number in zip(counts, numbers):
+    for group, number in zip(nonzero, numbers, strict=False):
         statistics[f"sparsity/nonzero/{group}"] = number
-        statistics[f"sparsity/fraction/{group}"] = number / sizes[group]
+        statistics[f"sparsity/fraction/{group}"] = number / total[group]
     return statistics
 
 
@@ -378,38 +385,39 @@ def due(step, every_n_steps):
 
 
 class Log:
-    """Where rank 0's records go: the terminal, out_dir/log.jsonl and, if asked, wandb. A record is a dict."""
+    """Where the records of rank 0 go: the terminal, out_dir/log.jsonl and, if asked, wandb."""
 
     def __init__(self, start):
-        """Records from step `start` on will be written anew: cut off those that an interrupted run left."""
-        path = os.path.join(out_dir, "log.jsonl")
-        kept = []
+        """Records from step `start` on will be made again: drop those that an interrupted run left."""
+        path, kept = os.path.join(out_dir, "log.jsonl"), []
         if start and os.path.exists(path):
             with open(path, encoding="utf-8") as f:
                 kept = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] < start]
         with open(path + ".tmp", "w", encoding="utf-8") as f:
             f.writelines(kept)
         os.replace(path + ".tmp", path)
-        self.file = open(path, "a", encoding="utf-8", buffering=1)
+        self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  open as long as the run
         self.wandb = None
         if wandb_log:
             import wandb
 
             name = wandb_run_name or os.path.basename(os.path.abspath(out_dir))
-            self.wandb = wandb.init(project=wandb_project, name=name, dir=out_dir, config=settings_of(globals()))
+            settings = settings_of(globals())
+            self.wandb = wandb.init(project=wandb_project, name=name, dir=out_dir, config=settings)
 
     def write(self, record):
+        """Write one record, a dict of numbers with their step."""
         self.file.write(json.dumps(record) + "\n")
         if self.wandb:
             self.wandb.log(record, step=record["step"])
+        line = f"step {record['step']:5d}"
         if "val/loss" in record:
-            print(f"step {record['step']:5d} | train loss {record['train/loss']:.4f} | val loss "
-                  f"{record['val/loss']:.4f} | {record['val/bits_per_byte']:.4f} bits per byte", flush=True)
+            print(f"{line} | train loss {record['train/loss']:.4f} | val loss {record['val/loss']:.4f} | "
+                  f"{record['val/bits_per_byte']:.4f} bits per byte", flush=True)
         if "loss" in record:
-            print(f"step {record['step']:5d} | loss {record['loss']:.4f} | lr {record['lr']:.2e} | "
-                  f"L0 {l0_at(record['step']):.4f} | grad RMS {record['grad_rms']:.2e} | "
-                  f"{record['tokens_per_second']:,.0f} tokens/s | {record['seconds_left'] / 60:.1f} min left",
-                  flush=True)
+            print(f"{line} | loss {record['loss']:.4f} | lr {record['lr']:.2e} | L0 {record['l0']:.4f} | "
+                  f"grad RMS {record['grad_rms']:.1e} | {record['tokens_per_second']:,.0f} tokens/s | "
+                  f"{record['seconds_left'] / 60:.1f} min left", flush=True)
 
     def close(self):
         self.file.close()
@@ -423,19 +431,20 @@ class Log:
 
 @torch.no_grad()
 def evaluate(model, data, place):
-    """Mean loss in nats per token, and bits per byte, on evenly spaced windows of both splits: the same at each call,
-    shared out over the ranks. Draws no random number."""
+    """Loss in nats per token, and bits per byte, on evenly spaced windows of both splits.
+
+    The windows are the same at each call and are shared out over the ranks. No random number is drawn.
+    """
     model.eval()
     record = {}
     for split in ("train", "val"):
         tokens = getattr(data, split)
         starts = np.linspace(0, len(tokens) - block_size - 1, eval_iters * batch_size).astype(np.int64)
-        batches = starts.reshape(eval_iters, batch_size)[place.rank::place.world_size]
         total = torch.zeros((), dtype=torch.float64, device=place.device)
-        for batch in batches:
+        for batch in starts.reshape(eval_iters, batch_size)[place.rank::place.world_size]:
             with place.autocast():
                 total += model(*windows(tokens, batch, place))[1]
-        loss = place.reduce([total.item()])[0] / eval_iters
+        loss = place.sum(total.item())[0] / eval_iters
         record[f"{split}/loss"] = loss
         record[f"{split}/bits_per_byte"] = loss / math.log(2) * data.tokens_per_byte(split)
     model.train()
@@ -446,8 +455,9 @@ def check_ranks_agree(model, place, step):
     """Compare a checksum of all weights across ranks; end the run if they differ by a single bit."""
     if place.world_size == 1:
         return
-    checksum = sum(p.detach().view(torch.int32).sum(dtype=torch.int64) * i
-                   for i, p in enumerate(model.parameters(), 1)).view(1)
+    checksum = torch.zeros(1, dtype=torch.int64, device=place.device)
+    for p in model.parameters():
+        checksum = 31 * checksum + p.detach().view(torch.int32).sum(dtype=torch.int64)
     checksums = [torch.empty_like(checksum) for _ in range(place.world_size)]
     dist.all_gather(checksums, checksum)
     differing = [rank for rank, other in enumerate(checksums) if other != checksums[0]]
@@ -458,7 +468,7 @@ def check_ranks_agree(model, place, step):
 def save_checkpoint(name, model, optimizer, scaler, step, best, data):
     """Write out_dir/`name` beside and rename it into place: whatever happens, a whole checkpoint is there.
 
-    The random state needs no room: weights aside, all that is random is a function of the seed and the step.
+    The random state takes no room: all that is random in training is a function of the seed and the step.
     """
     path = os.path.join(out_dir, name)
     checkpoint = {
@@ -467,7 +477,7 @@ def save_checkpoint(name, model, optimizer, scaler, step, best, data):
         "scaler": scaler.state_dict(),
         "config": asdict(model.config),
         "settings": settings_of(globals()),
-        "step": step,
+        "step": step,  # updates made
         "best_val_loss": best[1],
         "best_l0": best[0],  # of the model that had this loss
         "tokenizer_sha256": data.meta["tokenizer_sha256"],
@@ -482,22 +492,39 @@ def save_checkpoint(name, model, optimizer, scaler, step, best, data):
     except (OSError, RuntimeError) as e:
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
-        fail(f"cannot write {path} ({e}); a checkpoint that was there before is whole: "
-             "make room, then go on with --init_from=resume")
+        fail(f"cannot write {path} ({e}); the one before it is whole: make room, then --init_from=resume")
 
 
-def load_checkpoint(path, device="cpu"):
-    """The checkpoint at `path`, a dict: see `save_checkpoint`. Runs no code from the file."""
+def load_checkpoint(path):
+    """The checkpoint at `path`, a dict as `save_checkpoint` makes it, on the CPU. Runs no code from the file."""
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        missing = {"model", "config", "step", "settings"} - checkpoint.keys()
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"model", "config", "settings", "step"} - checkpoint.keys()
     except FileNotFoundError:
-        fail(f"no checkpoint at {path}: train one first (without --init_from=resume), or check --out_dir")
-    except Exception as e:  # what a file of any content makes torch.load raise is not documented
-        fail(f"{path} is no readable checkpoint ({type(e).__name__}): restore it, or start anew in another --out_dir")
+        fail(f"no checkpoint at {path}: train without --init_from=resume first, or check --out_dir")
+    except Exception as e:  # noqa: BLE001  what torch.load raises depends on what is in the file
+        fail(f"{path} is no readable checkpoint ({type(e).__name__}): restore it, or choose another --out_dir")
     if missing:
-        fail(f"{path} is not a checkpoint of this project (it lacks {', '.join(sorted(missing))})")
+        fail(f"{path} is no checkpoint of train.py (it lacks {', '.join(sorted(missing))}): choose another")
     return checkpoint
+
+
+def model_of(checkpoint):
+    """The model that a checkpoint holds."""
+    try:
+        model = GPT(GPTConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+    except (RuntimeError, TypeError, ValueError) as e:
+        fail(f"the checkpoint does not fit model.py ({' '.join(str(e).split())}): use the code that wrote it")
+    return model
+
+
+def load_released(folder):
+    """A model in the format of github.com/openai/circuit_sparsity."""
+    try:
+        return GPT.from_circuit_sparsity(folder)
+    except (OSError, ValueError) as e:
+        fail(f"init_from={folder} must be 'scratch', 'resume' or the folder of a released model: {e}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -508,13 +535,13 @@ def stop(message):
     """End a run that cannot go on, naming what is left of it: exit status 1. No checkpoint is written."""
     path = os.path.join(out_dir, "ckpt.pt")
     left = f"the last good checkpoint is {path}" if os.path.exists(path) else "there is no checkpoint yet"
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}; {left}", file=sys.stderr, flush=True)
     raise SystemExit(1)
 
 
 class StopSignal:
-    """Notes SIGINT or SIGTERM for the loop to see after the step; a second one ends the process at once."""
+    """Notes a SIGINT or SIGTERM, for the loop to see after the step. A second one ends the process at once."""
 
     def __init__(self):
         self.received = False
@@ -523,62 +550,63 @@ class StopSignal:
 
     def receive(self, number, frame):
         self.received = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
 
 
 def resume_command():
-    arguments = [a for a in sys.argv if not a.startswith("--init_from=")] + ["--init_from=resume"]
-    launcher = "python"
+    """The command line of this run, with --init_from=resume."""
+    launcher = ["python"]
     if "LOCAL_WORLD_SIZE" in os.environ:
-        launcher = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
-    return " ".join([launcher, *arguments])
+        launcher = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+    arguments = [a for a in sys.argv if not a.startswith("--init_from=")]
+    return shlex.join([*launcher, *arguments, "--init_from=resume"])
 
 
-def check_settings(place):
-    """End the script if the settings cannot make a run, whatever the data."""
-    for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters"):
-        if globals()[name] < 1:
-            fail(f"{name}={globals()[name]} must be at least 1")
-    for name in ("sparsity_anneal_start_fraction", "sparsity_anneal_end_fraction", "warmup_fraction",
-                 "beta1", "beta2"):
-        if not 0 <= globals()[name] <= 1:
-            fail(f"{name}={globals()[name]} must lie between 0 and 1")
-    for name in ("learning_rate", "eps", "weight_decay", "grad_clip_rms", "min_weights_per_neuron", "seed",
-                 "log_every_n_steps", "log_gradients_every_n_steps", "log_weights_every_n_steps",
-                 "log_sparsity_every_n_steps"):
-        if not globals()[name] >= 0:
-            fail(f"{name}={globals()[name]} must not be negative")
-    if not 0 < target_l0_fraction <= 1:
-        fail(f"target_l0_fraction={target_l0_fraction} must be more than 0 and at most 1 (1 trains dense)")
-    if sparsity_anneal_end_fraction < sparsity_anneal_start_fraction:
-        fail(f"sparsity_anneal_end_fraction={sparsity_anneal_end_fraction} must not be less than "
-             f"sparsity_anneal_start_fraction={sparsity_anneal_start_fraction}")
-    if gradient_accumulation_steps % place.world_size:
-        fail(f"gradient_accumulation_steps={gradient_accumulation_steps} counts over all ranks: make it a multiple "
-             f"of their number, {place.world_size}")
+def check_settings(world_size):
+    """End the script if the settings cannot make a run, whatever the model and the data."""
+    for names, legal, rule in (
+        ("batch_size gradient_accumulation_steps max_iters eval_interval eval_iters",
+         lambda v: v >= 1, "must be at least 1"),
+        ("sparsity_anneal_start_fraction sparsity_anneal_end_fraction warmup_fraction",
+         lambda v: 0 <= v <= 1, "must lie between 0 and 1"),
+        ("beta1 beta2", lambda v: 0 <= v < 1, "must be at least 0 and less than 1"),
+        ("target_l0_fraction", lambda v: 0 < v <= 1, "must be more than 0 and at most 1; 1 trains dense"),
+        ("learning_rate eps weight_decay grad_clip_rms min_weights_per_neuron seed log_every_n_steps "
+         "log_gradients_every_n_steps log_weights_every_n_steps log_sparsity_every_n_steps",
+         lambda v: 0 <= v < math.inf, "must not be negative"),
+        ("sparsity_anneal_end_fraction", lambda v: v >= sparsity_anneal_start_fraction,
+         f"must not be less than sparsity_anneal_start_fraction={sparsity_anneal_start_fraction}"),
+        ("gradient_accumulation_steps", lambda v: v % world_size == 0,
+         f"counts over all ranks and must be a multiple of their number, {world_size}"),
+    ):
+        for name in names.split():
+            if not legal(globals()[name]):
+                fail(f"{name}={globals()[name]} {rule}")
 
 
-def build_model(vocab_size, given, checkpoint):
-    """The model that the settings ask for, or the checkpoint's; settings that were `given` must not contradict it."""
+def build_model(model, vocab_size, given):
+    """A new model, or `model`, if the settings that were `given` do not contradict it."""
+    fixed = {"vocab_size": vocab_size} | ({"n_head": model.config.n_head} if model else {})
     try:
-        asked = GPTConfig(vocab_size=vocab_size, **{name: globals()[name] for name in MODEL_SETTINGS})
+        asked = GPTConfig(**{name: globals()[name] for name in MODEL_SETTINGS}, **fixed)
     except ValueError as e:
         fail(e)
-    if checkpoint is None:
-        model = GPT(asked)
-    else:
-        saved = GPTConfig(**checkpoint["config"])
-        for name in MODEL_SETTINGS:
-            if name in given and getattr(asked, name) != getattr(saved, name):
-                fail(f"{name}={globals()[name]!r} contradicts the checkpoint's {getattr(saved, name)!r}: leave the "
-                     "setting out to resume, or start anew in another --out_dir")
-        model = GPT(saved)
-        model.load_state_dict(checkpoint["model"])
-    smallest = model.smallest_l0(min_weights_per_neuron)
+    model = model or GPT(asked)
+    for name in sorted(given & set(MODEL_SETTINGS)):
+        has = getattr(model.config, name)
+        if getattr(asked, name) != has:
+            fail(f"{name}={globals()[name]!r} contradicts the model to go on with, which has {has!r}: leave "
+                 "the setting out, or start anew in another --out_dir")
+    if vocab_size > model.config.vocab_size:
+        fail(f"the data's vocabulary of {vocab_size} exceeds the model's {model.config.vocab_size}: prepare "
+             "the data with the model's tokenizer")
+    if not all(p.requires_grad for p in model.parameters()):
+        fail("the bigram table of this model is marked as fixed: it can be sampled from, not trained, here")
+    smallest = math.ceil(model.smallest_l0(min_weights_per_neuron) * 1e6) / 1e6
     if target_l0_fraction < smallest:
         fail(f"target_l0_fraction={target_l0_fraction:.6g} leaves no room for min_weights_per_neuron="
-             f"{min_weights_per_neuron}: the smallest that fits is {math.ceil(smallest * 1e6) / 1e6}")
+             f"{min_weights_per_neuron}: the smallest that fits is {smallest}")
     return model
 
 
@@ -594,7 +622,7 @@ def open_out_dir(data):
             for name in ("ckpt.pt", "best.pt", "log.jsonl", "tokenizer.json"):
                 if os.path.exists(os.path.join(out_dir, name)):
                     os.replace(os.path.join(out_dir, name), os.path.join(aside, name))
-            print(f"{out_dir} held another run: moved to {aside} (--init_from=resume would have gone on with it)")
+            print(f"{out_dir} held another run, which is now in {aside}")
         with open(os.path.join(out_dir, "tokenizer.json"), "w", encoding="utf-8") as f:
             f.write(data.tokenizer)
     except OSError as e:
@@ -604,7 +632,7 @@ def open_out_dir(data):
 def compile_blocks(model, place):
     """Compile the blocks, in place: they share one compilation, and the raw model stays what is saved."""
     if place.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        print("compile: no C++ compiler on this machine, running without")
+        print("no C++ compiler found: running without torch.compile")
         return
     for block in model.transformer.h:
         block.compile()
@@ -612,20 +640,27 @@ def compile_blocks(model, place):
 
 def main():
     given = configure(globals())
-    checkpoint = None
-    if init_from == "resume":
+    checkpoint, model, adopted = None, None, {}
+    if init_from == "resume":  # with the settings of the run, but for those that are given now
         checkpoint = load_checkpoint(os.path.join(out_dir, "ckpt.pt"))
-        globals().update({k: v for k, v in checkpoint["settings"].items() if k not in given | {"out_dir", "init_from"}})
+        adopted = {k: v for k, v in checkpoint["settings"].items() if k not in ("out_dir", "init_from")}
+    elif init_from != "scratch":
+        model = load_released(init_from)
+        adopted = {name: getattr(model.config, name) for name in MODEL_SETTINGS}
+    globals().update({k: v for k, v in adopted.items() if k not in given})
+
     place = find_place(device, dtype)
-    check_settings(place)
+    check_settings(place.world_size)
     data = load_data(os.path.join("data", dataset), block_size)
-    if checkpoint and checkpoint["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
-        fail(f"data/{dataset} was made with another tokenizer than the checkpoint's data: choose its --dataset")
     torch.manual_seed(seed)
-    model = build_model(data.meta["vocab_size"], given, checkpoint).to(place.device)
+    if checkpoint:
+        if checkpoint["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
+            fail(f"data/{dataset} has another tokenizer than the run's data had: choose that --dataset")
+        model = model_of(checkpoint)
+    model = build_model(model, data.meta["vocab_size"], given).to(place.device)
     optimizer = build_optimizer(model)
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
-    step, best = 0, (1.0, math.inf)
+    step, best = 0, (1.0, math.inf)  # best: L0 and val loss
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
@@ -637,20 +672,14 @@ def main():
         dist.destroy_process_group()
 
 
-def announce(model, tokens_per_step, place):
-    n, pruned = (sum(p.numel() for p in ps) for ps in (model.parameters(), model.decayed_parameters()))
-    print(f"{n:,} parameters, {pruned:,} of them in matrices pruned to {target_l0_fraction:.4%} | {max_iters:,} "
-          f"steps of {tokens_per_step:,} tokens | {place.world_size} x {place.device.type}, {place.dtype}", flush=True)
-
-
 def gradients_of_step(network, data, scaler, step, place):
-    """Forward and backward over this rank's share of the step's micro-batches. Returns their mean loss, a tensor ()."""
+    """Forward and backward over this rank's share of a step's micro-batches. Returns their mean loss, a tensor ()."""
     micro_steps = range(place.rank, gradient_accumulation_steps, place.world_size)
     total = 0.0
     for micro_step in micro_steps:
         x, y = training_batch(data, step, micro_step, place)
-        waits = place.world_size > 1 and micro_step != micro_steps[-1]  # gradients are averaged over ranks at the last
-        with network.no_sync() if waits else nullcontext():
+        last = micro_step == micro_steps[-1]  # at which the gradients are averaged over the ranks
+        with nullcontext() if last or place.world_size == 1 else network.no_sync():
             with place.autocast():
                 loss = network(x, y)[1] / len(micro_steps)
             scaler.scale(loss).backward()
@@ -659,7 +688,7 @@ def gradients_of_step(network, data, scaler, step, place):
 
 
 def train(place, data, model, optimizer, scaler, step, best):
-    """Make updates `step` to max_iters - 1, with all that goes on around them."""
+    """Make the updates from `step` on, with all that goes on around them."""
     master = place.rank == 0
     log = Log(step) if master else None
     stop_signal = StopSignal()
@@ -668,18 +697,23 @@ def train(place, data, model, optimizer, scaler, step, best):
         compile_blocks(model, place)
     network = model
     if place.world_size > 1:
-        network = DistributedDataParallel(model, device_ids=[place.device] if place.device.type == "cuda" else None)
+        network = DistributedDataParallel(model, [place.device] if place.device.type == "cuda" else None)
     tokens_per_step = gradient_accumulation_steps * batch_size * block_size
     seconds = []  # that steps took since they were last logged
     if master:
-        announce(model, tokens_per_step, place)
+        n, pruned = (sum(p.numel() for p in ps) for ps in (model.parameters(), model.decayed_parameters()))
+        print(f"{n:,} parameters, {pruned:,} in matrices that are pruned to {target_l0_fraction:.4%} | "
+              f"{max_iters:,} steps of {tokens_per_step:,} tokens | "
+              f"{place.world_size} x {place.device.type}, {place.dtype}", flush=True)
 
     while True:
         if step % eval_interval == 0 or step == max_iters:
             check_ranks_agree(model, place, step)
             losses = evaluate(model, data, place)
-            result = (l0_at(max(step - 1, 0)), losses["val/loss"])
-            better, best = result < best, min(result, best)  # a sparser model first, then the lower loss
+            if not math.isfinite(losses["val/loss"]):
+                stop(f"at step {step} the val loss is {losses['val/loss']}")
+            result = l0_at(max(step - 1, 0)), losses["val/loss"]
+            better, best = result < best, min(result, best)  # the sparser model, then the lower loss
             if master:
                 log.write({"step": step, **losses, "val/best_loss": best[1]})
                 for name in ("best.pt", "ckpt.pt") if better else ("ckpt.pt",):
@@ -692,15 +726,17 @@ def train(place, data, model, optimizer, scaler, step, best):
         if master and due(step, log_gradients_every_n_steps):
             record |= gradient_statistics(model, scaler.get_scale())
         rms = update_(model, optimizer, scaler, step).item()
-        loss, stopping = place.reduce([loss.item() / place.world_size, float(stop_signal.received)])
+        loss, stopping = place.sum(loss.item() / place.world_size, stop_signal.received)
         seconds.append(time.perf_counter() - begun)
-        if not math.isfinite(loss) or (not math.isfinite(rms) and scaler.get_scale() <= 1):
-            stop(f"at step {step} the loss is {loss} and the gradients' RMS {rms}")  # float16 may overflow: scale > 1
+        overflow = not math.isfinite(rms) and scaler.get_scale() > 1  # of float16: Adam was skipped
+        if not math.isfinite(loss) or not (math.isfinite(rms) or overflow):
+            stop(f"at step {step} the loss is {loss} and the gradients' RMS {rms}")
         if master:
             if due(step, log_every_n_steps):
                 seconds_per_step = sum(seconds) / len(seconds)
                 seconds.clear()
-                record |= {"loss": loss, "lr": lr_at(step), "tokens": (step + 1) * tokens_per_step, "grad_rms": rms,
+                record |= {"loss": loss, "lr": lr_at(step), "l0": l0_at(step), "grad_rms": rms,
+                           "tokens": (step + 1) * tokens_per_step,
                            "tokens_per_second": tokens_per_step / seconds_per_step,
                            "seconds_left": seconds_per_step * (max_iters - 1 - step),
                            **activation_statistics(model)}
@@ -716,7 +752,7 @@ def train(place, data, model, optimizer, scaler, step, best):
             check_ranks_agree(model, place, step)
             if master:
                 save_checkpoint("ckpt.pt", model, optimizer, scaler, step, best, data)
-                print(f"stopped after step {step - 1}; go on with: {resume_command()}", flush=True)
+                print(f"stopped before step {step}; go on with: {resume_command()}", flush=True)
             break
 
     if master:
