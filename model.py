@@ -28,7 +28,7 @@ workers = ThreadPoolExecutor(torch.get_num_threads())  # a numpy call takes one 
 
 @torch.library.custom_op("weight_sparse::keep_largest", mutates_args=())
 def keep_largest(magnitude: torch.Tensor, k: int) -> torch.Tensor:
-    """Mask, bool (..., n), of the k largest entries of `magnitude` (..., n), all >= 0, along the last dimension.
+    """Mask, bool (..., n), of the k largest of `magnitude` (..., n), all >= 0, along the last dimension.
 
     Exactly k entries are kept, the lower index first among equals: these are common in bfloat16 and after a
     ReLU.
@@ -95,7 +95,7 @@ class AbsTopK(nn.Module):
 
 
 def site(config, location, dim):
-    """The module at one of the paper's node sites: AbsTopK over `dim` entries, or an identity if it is off."""
+    """The module at one of the paper's node sites: AbsTopK over `dim` entries, or an identity if off."""
     k = int(config.activation_topk_fraction * dim)
     return AbsTopK(k) if location in config.locations and k < dim else nn.Identity()
 
@@ -105,7 +105,7 @@ def site(config, location, dim):
 
 
 def causal_attention(q, k, v, sink_logit, dropout_p):
-    """Plain causal attention, scale 1/sqrt(d_head). A single query is the newest token, and sees every key."""
+    """Plain causal attention, scale 1/sqrt(d_head). A single query is the newest token: it sees all keys."""
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=q.size(2) > 1)
 
 
@@ -163,7 +163,7 @@ def sink_attention(q, k, v, sink_logit, dropout_p):
 
 
 class KVCache:
-    """Keys and values of the positions that one attention layer has seen: allocated once, filled as they come."""
+    """Keys and values of the positions that an attention layer has seen: allocated once, filled as they come."""
 
     def __init__(self, block_size):
         self.block_size = block_size
@@ -315,7 +315,7 @@ class GPTConfig:
         if self.n_head < 0 or self.d_mlp < 0:
             raise ValueError(f"n_head={self.n_head} and d_mlp={self.d_mlp} must not be negative")
         if not self.n_head and self.d_model % self.d_head:
-            raise ValueError(f"d_model={self.d_model} is not divisible by d_head={self.d_head}: change either")
+            raise ValueError(f"d_model={self.d_model} is not divisible by d_head={self.d_head}: change one")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and less than 1")
         self.n_head = self.n_head or self.d_model // self.d_head
@@ -323,8 +323,8 @@ class GPTConfig:
         smallest = min(self.d_model, self.n_head * self.d_head, self.d_mlp)
         fraction = self.activation_topk_fraction
         if not 1 <= fraction * smallest <= smallest:
-            raise ValueError(f"activation_topk_fraction={fraction} must be at most 1 and keep at least one of "
-                             f"{smallest} entries: choose {1 / smallest:.4g} or more")
+            raise ValueError(f"activation_topk_fraction={fraction} must be at most 1 and keep at least one "
+                             f"of {smallest} entries: choose {1 / smallest:.4g} or more")
 
     @property
     def locations(self):
@@ -353,14 +353,14 @@ CIRCUIT_SPARSITY_OTHER = {  # keys that change nothing in the model's function, 
 
 
 def config_from_circuit_sparsity(theirs):
-    """The GPTConfig that a beeg_config.json (a dict) means. Raises ValueError if it needs a part that is not here."""
+    """The GPTConfig that a beeg_config.json (a dict) means. Raises ValueError if it needs what is not here."""
     for is_there, part in (
-        (theirs.get("d_pos_emb") is not None, "concatenates positional embeddings instead of adding them (d_pos_emb)"),
-        (theirs.get("use_tied_aux_matrix"), "has an auxiliary matrix (use_tied_aux_matrix)"),
-        (not theirs.get("rms_norm") and not theirs.get("ln_bias", True), "has LayerNorms without bias (ln_bias)"),
+        (theirs.get("d_pos_emb") is not None, "concatenated positional embeddings (d_pos_emb)"),
+        (theirs.get("use_tied_aux_matrix"), "an auxiliary matrix (use_tied_aux_matrix)"),
+        (not theirs.get("rms_norm") and not theirs.get("ln_bias", True), "LayerNorms without bias (ln_bias)"),
     ):
         if is_there:
-            raise ValueError(f"the model {part}, which this one cannot")
+            raise ValueError(f"the model has {part}, for which there is no part here: it cannot be read")
     unknown = ", ".join(sorted(theirs.keys() - CIRCUIT_SPARSITY_NAMES.keys() - CIRCUIT_SPARSITY_OTHER))
     if unknown:
         warnings.warn(f"beeg_config.json has keys that mean nothing here: {unknown}", stacklevel=3)
@@ -438,7 +438,7 @@ class GPT(nn.Module):
         return logits, loss
 
     def residual_stream(self, idx, caches=None):
-        """The residual stream after the last block (B, T, d_model). With `caches`, idx continues what they hold."""
+        """The residual stream after the last block (B, T, d_model). With `caches`, idx continues theirs."""
         start = caches[0].length if caches else 0
         T = idx.size(1)
         if start + T > self.config.block_size:
@@ -450,7 +450,7 @@ class GPT(nn.Module):
         return x
 
     def unembed(self, x, idx):
-        """Logits (B, T, vocab_size), float32 or better, of residual stream x (B, T, d_model) at tokens idx (B, T)."""
+        """Logits (B, T, vocab_size), float32 or better, of the residual stream x (B, T, d_model) at tokens idx."""
         logits = self.lm_head(self.transformer.ln_f(x))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits + self.bigram(idx, self.bigram_table)
@@ -499,8 +499,8 @@ class GPT(nn.Module):
                 neurons = magnitude.transpose(0, neuron_dim).contiguous()  # (neurons, weights of each)
                 j = min(min_weights_per_neuron, neurons.size(1))
                 if j * neurons.size(0) > k:
-                    raise ValueError(f"an L0 fraction of {l0_fraction:.6g} leaves {name} with {k} weights, fewer than "
-                                     f"{j} for each of its {neurons.size(0)} neurons")
+                    raise ValueError(f"an L0 fraction of {l0_fraction:.6g} leaves {name} {k} weights, fewer "
+                                     f"than {j} for each of its {neurons.size(0)} neurons")
                 floor = keep_largest(neurons, j).transpose(0, neuron_dim)
                 magnitude.masked_fill_(floor, torch.inf)
             p.masked_fill_(~keep_largest(magnitude.flatten(), k).view_as(p), 0.0)
@@ -522,8 +522,8 @@ class GPT(nn.Module):
             tensors = torch.load(path, map_location="cpu", weights_only=True)
         except OSError:
             raise
-        except Exception as e:  # what a file of any content makes torch.load raise is not documented
-            raise ValueError(f"{path} is no state dict that can be read safely ({type(e).__name__})") from None
+        except Exception as e:  # noqa: BLE001  what torch.load raises depends on what is in the file
+            raise ValueError(f"{path} cannot be read as a state dict ({type(e).__name__})") from None
         tensors = {name.replace("attn.attn_imp.", "attn."): t for name, t in tensors.items()
                    if not (name.endswith(".attn.bias") and t.ndim == 4)}  # a causal mask
         config = config_from_circuit_sparsity(theirs)
@@ -550,7 +550,7 @@ class GPT(nn.Module):
         return model
 
     def to_circuit_sparsity(self, folder, tokenizer_name="tinypython_2k"):
-        """Write the model to `folder` in the format of the released ones, with all keys that their loader wants.
+        """Write the model to `folder` in the format of the released ones, with all that their loader wants.
 
         `tokenizer_name`: what their tools know the tokenizer by. Raises FileExistsError if there is a model
         already.
@@ -564,8 +564,8 @@ class GPT(nn.Module):
         theirs |= {
             "afrac": None if config.activation_topk_fraction == 1 else config.activation_topk_fraction,
             "learnable_bigram_table": config.use_bigram_table and self.bigram_table.requires_grad,
-            "ln_bias": not config.use_rms_norm, "flash": True, "grad_checkpointing": False, "debug_nans": False,
-            "bigram_table_rank": None, "d_pos_emb": None, "tokenizer_name": tokenizer_name,
+            "ln_bias": not config.use_rms_norm, "tokenizer_name": tokenizer_name, "d_pos_emb": None,
+            "flash": True, "grad_checkpointing": False, "debug_nans": False, "bigram_table_rank": None,
         }
         tensors = {name.replace("attn.sink_logit", "attn.attn_imp.sink_logit"): t.cpu()
                    for name, t in self.state_dict().items()}
@@ -605,12 +605,11 @@ class GPT(nn.Module):
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k)], dim=1)
 
     def use_sparse_kernels_(self):
-        """Replace Linears that are mostly zeros by `SparseLinear`, in place: to sample on a CPU, not to train."""
+        """Replace Linears that are mostly zeros by `SparseLinear`, in place: for sampling, on a CPU."""
         for module in list(self.modules()):
             for name, child in module.named_children():
-                if isinstance(child, nn.Linear):
-                    if child.weight.count_nonzero() < SparseLinear.DENSITY * child.weight.numel():
-                        setattr(module, name, SparseLinear(child))
+                if isinstance(child, nn.Linear) and (child.weight != 0).float().mean() < SparseLinear.DENSITY:
+                    setattr(module, name, SparseLinear(child))
         return self
 
 
@@ -632,7 +631,8 @@ class SparseLinear(nn.Module):
 
     def __init__(self, linear):
         super().__init__()
-        self.weight = linear.weight.detach().to_sparse_csr()
+        with warnings.catch_warnings(action="ignore"):  # that this kind of tensor is in beta
+            self.weight = linear.weight.detach().to_sparse_csr()
         self.bias = linear.bias
 
     def forward(self, x):

@@ -96,7 +96,7 @@ MODEL_SETTINGS = [f.name for f in fields(GPTConfig) if f.name in globals()]
 
 
 def l0_at(step):
-    """Fraction of nonzero weights after update `step`: 1 at first, then linearly down to the target (2.1)."""
+    """Fraction of nonzero weights after update `step`: 1 at first, then linearly to the target (2.1)."""
     start = sparsity_anneal_start_fraction * max_iters
     length = (sparsity_anneal_end_fraction - sparsity_anneal_start_fraction) * max_iters
     done = min(max((step - start) / length, 0.0), 1.0) if length > 0 else float(step >= start)
@@ -187,7 +187,7 @@ class Place:
 
 def find_place(device="auto", dtype="auto"):
     """Choose device and precision; under torchrun, join the other processes."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and world_size > 1:
@@ -219,7 +219,7 @@ def find_place(device="auto", dtype="auto"):
 
 @dataclass
 class Data:
-    """What prepare.py wrote to a folder, the tokens memory-mapped: a corpus may be larger than the memory."""
+    """What prepare.py wrote to a folder. The tokens are memory-mapped, so a corpus may exceed the memory."""
 
     train: np.memmap
     val: np.memmap
@@ -330,7 +330,7 @@ def activation_statistics(model):
 
 @torch.no_grad()
 def gradient_statistics(model, scale):
-    """Mean, largest and smallest norm of a tensor's gradient, before normalization, without the loss scale."""
+    """Mean, largest and smallest norm of a tensor's gradient before normalization. `scale`: the loss scale."""
     norms = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()])) / scale
     mean, largest, smallest = torch.stack([norms.mean(), norms.max(), norms.min()]).tolist()
     return {"gradients/norm_mean": mean, "gradients/norm_max": largest, "gradients/norm_min": smallest}
@@ -496,14 +496,14 @@ def save_checkpoint(name, model, optimizer, scaler, step, best, data):
 
 
 def load_checkpoint(path):
-    """The checkpoint at `path`, a dict as `save_checkpoint` makes it, on the CPU. Runs no code from the file."""
+    """The checkpoint at `path`, a dict as `save_checkpoint` makes it, on the CPU. Runs no code from it."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"model", "config", "settings", "step"} - checkpoint.keys()
     except FileNotFoundError:
         fail(f"no checkpoint at {path}: train without --init_from=resume first, or check --out_dir")
     except Exception as e:  # noqa: BLE001  what torch.load raises depends on what is in the file
-        fail(f"{path} is no readable checkpoint ({type(e).__name__}): restore it, or choose another --out_dir")
+        fail(f"{path} is no readable checkpoint ({type(e).__name__}): restore it, or give another --out_dir")
     if missing:
         fail(f"{path} is no checkpoint of train.py (it lacks {', '.join(sorted(missing))}): choose another")
     return checkpoint
@@ -515,7 +515,8 @@ def model_of(checkpoint):
         model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
     except (RuntimeError, TypeError, ValueError) as e:
-        fail(f"the checkpoint does not fit model.py ({' '.join(str(e).split())}): use the code that wrote it")
+        reason = " ".join(str(e).split())
+        fail(f"the checkpoint does not fit model.py, use the code that wrote it: {reason}")
     return model
 
 
@@ -541,7 +542,7 @@ def stop(message):
 
 
 class StopSignal:
-    """Notes a SIGINT or SIGTERM, for the loop to see after the step. A second one ends the process at once."""
+    """Notes SIGINT or SIGTERM, for the loop to see after the step. A second one ends the process at once."""
 
     def __init__(self):
         self.received = False
@@ -572,9 +573,10 @@ def check_settings(world_size):
          lambda v: 0 <= v <= 1, "must lie between 0 and 1"),
         ("beta1 beta2", lambda v: 0 <= v < 1, "must be at least 0 and less than 1"),
         ("target_l0_fraction", lambda v: 0 < v <= 1, "must be more than 0 and at most 1; 1 trains dense"),
-        ("learning_rate eps weight_decay grad_clip_rms min_weights_per_neuron seed log_every_n_steps "
-         "log_gradients_every_n_steps log_weights_every_n_steps log_sparsity_every_n_steps",
+        ("learning_rate eps weight_decay grad_clip_rms min_weights_per_neuron seed",
          lambda v: 0 <= v < math.inf, "must not be negative"),
+        ("log_every_n_steps log_gradients_every_n_steps log_weights_every_n_steps log_sparsity_every_n_steps",
+         lambda v: v >= 0, "must not be negative; 0 never logs"),
         ("sparsity_anneal_end_fraction", lambda v: v >= sparsity_anneal_start_fraction,
          f"must not be less than sparsity_anneal_start_fraction={sparsity_anneal_start_fraction}"),
         ("gradient_accumulation_steps", lambda v: v % world_size == 0,
@@ -673,7 +675,7 @@ def main():
 
 
 def gradients_of_step(network, data, scaler, step, place):
-    """Forward and backward over this rank's share of a step's micro-batches. Returns their mean loss, a tensor ()."""
+    """Forward and backward over this rank's share of a step's micro-batches. Returns their mean loss, ()."""
     micro_steps = range(place.rank, gradient_accumulation_steps, place.world_size)
     total = 0.0
     for micro_step in micro_steps:
