@@ -15,7 +15,7 @@ from fractions import Fraction
 
 
 def fail(message):
-    """End the script as every user error does: one line on stderr (under torchrun one per node), exit status 2."""
+    """End the script as user errors do: one line on stderr (under torchrun one per node), exit status 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
@@ -50,7 +50,7 @@ def configure(settings, argv=None):
 
 
 def run_config_file(path):
-    """Run the Python file at `path`; return what it assigned, but names with a leading underscore and modules."""
+    """Run the Python file at `path`; return what it assigned, less names with a leading _ and modules."""
     if not os.path.isfile(path):
         fail(f"no config file {path}: check the path, or write a setting as --key=value")
     try:
@@ -61,7 +61,7 @@ def run_config_file(path):
 
 
 def parse(text, default):
-    """Read `text` as a value of the default's type; text that is no such value comes back as it is, for `check`."""
+    """Read `text` as a value of the default's type, or return it as it is, for `check` to complain of."""
     try:
         if type(default) is bool:
             return {"true": True, "false": False}[text.lower()]
@@ -75,7 +75,7 @@ def parse(text, default):
 
 
 def check(key, value, known, where=""):
-    """Return `value` as setting `key` takes it, an int as a float where a float is due; or end the script."""
+    """Return `value` as setting `key` takes it, an int as a float if need be; or end the script."""
     if key not in known:
         close = difflib.get_close_matches(key, known, n=1, cutoff=0)
         fail(f"unknown setting {key!r}{where}: the closest that exists is {close[0]!r}")

@@ -163,7 +163,7 @@ def sink_attention(q, k, v, sink_logit, dropout_p):
 
 
 class KVCache:
-    """Keys and values of the positions that an attention layer has seen: allocated once, filled as they come."""
+    """Keys and values of the positions an attention layer has seen: allocated once, filled as they come."""
 
     def __init__(self, block_size):
         self.block_size = block_size
@@ -353,11 +353,11 @@ CIRCUIT_SPARSITY_OTHER = {  # keys that change nothing in the model's function, 
 
 
 def config_from_circuit_sparsity(theirs):
-    """The GPTConfig that a beeg_config.json (a dict) means. Raises ValueError if it needs what is not here."""
+    """The GPTConfig that a beeg_config.json (a dict) means. Raises ValueError on what is not here."""
     for is_there, part in (
         (theirs.get("d_pos_emb") is not None, "concatenated positional embeddings (d_pos_emb)"),
         (theirs.get("use_tied_aux_matrix"), "an auxiliary matrix (use_tied_aux_matrix)"),
-        (not theirs.get("rms_norm") and not theirs.get("ln_bias", True), "LayerNorms without bias (ln_bias)"),
+        (not theirs.get("rms_norm") and not theirs.get("ln_bias", True), "LayerNorms without bias"),
     ):
         if is_there:
             raise ValueError(f"the model has {part}, for which there is no part here: it cannot be read")
@@ -450,7 +450,7 @@ class GPT(nn.Module):
         return x
 
     def unembed(self, x, idx):
-        """Logits (B, T, vocab_size), float32 or better, of the residual stream x (B, T, d_model) at tokens idx."""
+        """Logits (B, T, vocab_size), at least float32, of residual stream x (B, T, d_model) at tokens idx."""
         logits = self.lm_head(self.transformer.ln_f(x))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits + self.bigram(idx, self.bigram_table)
@@ -608,7 +608,8 @@ class GPT(nn.Module):
         """Replace Linears that are mostly zeros by `SparseLinear`, in place: for sampling, on a CPU."""
         for module in list(self.modules()):
             for name, child in module.named_children():
-                if isinstance(child, nn.Linear) and (child.weight != 0).float().mean() < SparseLinear.DENSITY:
+                dense = isinstance(child, nn.Linear)
+                if dense and (child.weight != 0).float().mean() < SparseLinear.DENSITY:
                     setattr(module, name, SparseLinear(child))
         return self
 

@@ -330,7 +330,7 @@ def activation_statistics(model):
 
 @torch.no_grad()
 def gradient_statistics(model, scale):
-    """Mean, largest and smallest norm of a tensor's gradient before normalization. `scale`: the loss scale."""
+    """Mean, largest and smallest norm of a tensor's gradient before normalization. `scale`: the loss's."""
     norms = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()])) / scale
     mean, largest, smallest = torch.stack([norms.mean(), norms.max(), norms.min()]).tolist()
     return {"gradients/norm_mean": mean, "gradients/norm_max": largest, "gradients/norm_min": smallest}
@@ -573,9 +573,9 @@ def check_settings(world_size):
          lambda v: 0 <= v <= 1, "must lie between 0 and 1"),
         ("beta1 beta2", lambda v: 0 <= v < 1, "must be at least 0 and less than 1"),
         ("target_l0_fraction", lambda v: 0 < v <= 1, "must be more than 0 and at most 1; 1 trains dense"),
-        ("learning_rate eps weight_decay grad_clip_rms min_weights_per_neuron seed",
+        ("learning_rate eps weight_decay grad_clip_rms min_weights_per_neuron seed log_every_n_steps",
          lambda v: 0 <= v < math.inf, "must not be negative"),
-        ("log_every_n_steps log_gradients_every_n_steps log_weights_every_n_steps log_sparsity_every_n_steps",
+        ("log_gradients_every_n_steps log_weights_every_n_steps log_sparsity_every_n_steps",
          lambda v: v >= 0, "must not be negative; 0 never logs"),
         ("sparsity_anneal_end_fraction", lambda v: v >= sparsity_anneal_start_fraction,
          f"must not be less than sparsity_anneal_start_fraction={sparsity_anneal_start_fraction}"),

@@ -10,6 +10,5 @@ batch_size = 64
 gradient_accumulation_steps = 8
 max_iters = 76000
 eval_interval = 1000
-eval_iters = 50
+eval_iters = 48
 log_every_n_steps = 10
-wandb_log = False

@@ -1,0 +1,435 @@
+"""Text in, tokens out: data/NAME/{train.bin,val.bin,tokenizer.json,meta.json}.
+
+    python prepare.py                                                 # Python's standard library, no network
+    python prepare.py --dataset=owner/name --max_tokens=1000000000    # a Hugging Face dataset, streamed
+    python prepare.py --dataset='text/**/*.jsonl' --tokenizer=gpt2    # local files
+
+The bins are raw little-endian uint16: one document after the other, each followed by <|endoftext|>. The same
+input gives the same bytes. Documents pass through as a stream, so memory does not grow with the corpus, and
+the folder gets its name only once it is complete.
+"""
+import glob
+import gzip
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import sysconfig
+import tempfile
+import time
+import zlib
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import tiktoken
+
+from configurator import configure, fail
+
+# -----------------------------------------------------------------------------
+# settings
+dataset = "python_stdlib"  # or files, by path or glob (** recurses): .txt, .py, .jsonl, .parquet, also .gz;
+#                            or 'owner/name' on the Hugging Face hub, or a folder with a copy of one
+subset = ""                # Hugging Face only: the configuration, for datasets that have several
+split = "train"            # Hugging Face only: where the training documents come from
+val_split = ""             # Hugging Face only: where validation documents come from; '' for val_fraction
+val_fraction = 0.01        # of the documents; a document's own bytes decide, wherever it stands
+text_column = "text"       # of .jsonl, .parquet and Hugging Face; a .txt or .py file is one document
+max_tokens = 0             # stop after the document that completes this many training tokens; 0 takes all
+tokenizer = "bpe"          # 'bpe' trains one on the data, 'bytes' has a token per byte; or the name of a
+#                            tiktoken encoding, such as 'gpt2'; or the path of an earlier tokenizer.json
+vocab_size = 2048          # of 'bpe', <|endoftext|> included; the paper's size
+bpe_sample_bytes = 64_000_000  # 'bpe' learns from this much of the training text, taken from its beginning
+name = ""                  # of the folder; '' makes one from `dataset`
+data_dir = "data"          # where the folder goes
+# -----------------------------------------------------------------------------
+
+FORMATS = (".txt", ".py", ".jsonl", ".parquet")
+OUTPUTS = ("train.bin", "val.bin", "tokenizer.json", "meta.json")
+
+
+# -----------------------------------------------------------------------------
+# documents
+
+def passes():
+    """What to read, one after the other: (split, fraction of its documents to hold out for validation)."""
+    return [(split, 0.0), (val_split, 1.0)] if val_split else [(split, val_fraction)]
+
+
+def is_held_out(data, fraction):
+    """Whether a document with these bytes is in the `fraction` held out: its hash, as a number, decides."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") < fraction * 2**64
+
+
+def local_files():
+    """Return the files that `dataset` names, sorted, or None if it is for the `datasets` library to find."""
+    if dataset == "python_stdlib":
+        root = sysconfig.get_path("stdlib")
+        paths = (os.path.join(folder, file) for folder, _, files in os.walk(root) for file in files)
+        return sorted(path for path in paths  # in no site-packages, nor Debian's dist-packages
+                      if path.endswith(".py") and "-packages" not in path[len(root):])
+    if os.path.isfile(dataset):
+        return [dataset]
+    if any(c in dataset for c in "*?[") or file_format(dataset) in FORMATS:
+        return sorted(filter(os.path.isfile, glob.glob(dataset, recursive=True)))
+    return None
+
+
+def file_format(path):
+    return os.path.splitext(path.removesuffix(".gz"))[1].lower()
+
+
+def read_documents(source, skipped):
+    """Yield the text of each document, always in the same order; count in `skipped` those of no use."""
+    paths = local_files()
+    for document in read_hub(source) if paths is None else read_files(paths, skipped):
+        try:
+            data = document.encode() if isinstance(document, str) else document or b""
+            text = data.decode()
+        except UnicodeError:  # an encoding from before UTF-8, or half a surrogate pair, which JSON can spell
+            skipped["not UTF-8"] += 1
+        except AttributeError:
+            skipped["not text"] += 1
+        else:
+            if text and "\0" not in text:
+                yield text
+            else:
+                skipped["binary" if text else "empty"] += 1
+
+
+def read_hub(source):
+    """Yield the text column of a Hugging Face dataset as it arrives; nothing of it is stored."""
+    import datasets
+    print(f"streaming {dataset}, split {source}", flush=True)
+    logging.getLogger("huggingface_hub").setLevel("ERROR")  # our one line at the end, not one for each retry
+    try:
+        rows = datasets.load_dataset(dataset, subset or None, split=source, streaming=True)
+        if os.path.isdir(dataset) and rows.info.builder_name == "text":
+            fail(f"every line in {dataset} would become a document: write --dataset='{dataset}/**/*.txt'")
+        for row in rows:
+            check_column(row, dataset)
+            yield row[text_column]
+    except Exception as e:  # noqa: BLE001 - there is no end to what a network can raise
+        fail(f"the `datasets` library cannot read {dataset!r} ({one_line(e)}); "
+             "for files on this machine write a path or glob, such as --dataset='folder/**/*.txt'")
+
+
+def read_files(paths, skipped):
+    """Yield what the files hold: all bytes of a .txt or .py, the text column of each row of the others."""
+    for path in paths:
+        kind = file_format(path)
+        try:
+            with (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
+                if kind == ".jsonl":
+                    yield from read_jsonl(f, path, skipped)
+                elif kind == ".parquet":
+                    yield from read_parquet(f, path)
+                elif kind in FORMATS:
+                    yield f.read()
+                else:
+                    skipped["unknown format"] += 1
+        except (OSError, EOFError, zlib.error, ValueError, RuntimeError):  # no permission, or broken
+            skipped["unreadable"] += 1
+
+
+def read_jsonl(f, path, skipped):
+    """Yield the text column of each line. The first row must have one; a later row without it is skipped."""
+    first = True
+    for line in filter(bytes.strip, f):
+        try:
+            row = dict(json.loads(line))
+        except (ValueError, TypeError):
+            skipped["broken line"] += 1
+            continue
+        if first:
+            check_column(row, path)
+        first = False
+        if text_column in row:
+            yield row[text_column]
+        else:
+            skipped["no text column"] += 1
+
+
+def read_parquet(f, path):
+    """Yield the text column, with one batch of rows in memory at a time."""
+    import pyarrow.parquet
+    with tempfile.TemporaryFile() as unpacked:
+        if path.endswith(".gz"):  # Parquet is read from its end, so a compressed file is unpacked first
+            shutil.copyfileobj(f, unpacked)
+            f = unpacked
+        table = pyarrow.parquet.ParquetFile(f)
+        check_column(table.schema_arrow.names, path)
+        for rows in table.iter_batches(batch_size=1000, columns=[text_column]):
+            yield from rows.column(0).to_pylist()
+
+
+def check_column(columns, where):
+    if text_column not in columns:
+        fail(f"{where} has no column {text_column!r}: choose --text_column from {', '.join(columns)}")
+
+
+# -----------------------------------------------------------------------------
+# tokenizers: each becomes a tiktoken.Encoding, and a file that a person can read
+
+def get_encoding():
+    """Return the encoding that `tokenizer` asks for, known to fit uint16 and to spell every text."""
+    if tokenizer == "bpe":
+        return train_bpe()
+    if tokenizer == "bytes":  # nothing ever merges, so where the pattern cuts is only a matter of speed
+        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,64}", special_tokens={"<|endoftext|>": 256},
+                                 mergeable_ranks={bytes([b]): b for b in range(256)})
+    known = tiktoken.list_encoding_names()
+    if tokenizer not in known and not tokenizer.endswith(".json"):
+        fail(f"tokenizer={tokenizer!r} does not exist: choose 'bpe', 'bytes', the path of a tokenizer.json, "
+             f"or a tiktoken encoding: {', '.join(known)}")
+    try:
+        encoding = tiktoken.get_encoding(tokenizer) if tokenizer in known else load_tokenizer(tokenizer)
+    except Exception as e:  # noqa: BLE001 - what a failed download raises depends on the plug-in
+        fail(f"cannot load tokenizer={tokenizer!r} ({one_line(e)}); 'bpe' and 'bytes' need no download")
+    if encoding.n_vocab > 2**16:
+        fail(f"tokenizer={tokenizer!r} has {encoding.n_vocab} tokens, uint16 holds {2**16}: take another")
+    if "<|endoftext|>" not in encoding.special_tokens_set:
+        fail(f"tokenizer={tokenizer!r} has no <|endoftext|> to end documents with: take another one")
+    if sum(len(token) == 1 for token in encoding.token_byte_values()) < 256:
+        fail(f"tokenizer={tokenizer!r} lacks some bytes, so it cannot spell every text: take another one")
+    return encoding
+
+
+def train_bpe():
+    """Train a byte-level BPE of `vocab_size` tokens on the training text; <|endoftext|> is the last id."""
+    import rustbpe
+    print(f"training a tokenizer of {vocab_size:,} tokens", flush=True)
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(training_sample(), vocab_size - 1)
+    if trainer.vocab_size < vocab_size - 1:
+        fail(f"vocab_size={vocab_size} needs more training text: this gives {trainer.vocab_size + 1}; "
+             "lower --vocab_size, add text, or take --tokenizer=bytes")
+    # Two merges may spell the same bytes. tiktoken only knows the first; the id of the second stays unused.
+    merges = sorted(trainer.get_mergeable_ranks(), key=lambda merge: merge[1], reverse=True)
+    ranks = {bytes(token): i for token, i in merges}
+    return tiktoken.Encoding("bpe", pat_str=trainer.get_pattern(), mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": vocab_size - 1})
+
+
+def training_sample():
+    """Yield the first `bpe_sample_bytes` of the training text, in pieces that the trainer's regular
+    expression can take: a very long run of spaces overflows its stack."""
+    source, fraction = passes()[0]
+    left = bpe_sample_bytes
+    for text in read_documents(source, skipped=Counter()):
+        data = text.encode()
+        if not is_held_out(data, fraction):
+            text = data[:left].decode(errors="ignore")
+            yield from (text[i:i + 50_000] for i in range(0, len(text), 50_000))
+            left -= len(data)
+        if left <= 0:
+            return
+
+
+def save_tokenizer(encoding, path):
+    """Write `encoding` as JSON, one token per line in the order of ids.
+
+    A token is a string if its bytes are UTF-8, else a list of byte values; null is an id that no text produces.
+    """
+    tokens = [None] * (max(encoding._mergeable_ranks.values()) + 1)
+    for token, i in encoding._mergeable_ranks.items():
+        try:
+            tokens[i] = token.decode()
+        except UnicodeDecodeError:
+            tokens[i] = list(token)
+    lines = ",\n".join(json.dumps(token, ensure_ascii=False) for token in tokens)
+    with open(path, "w", encoding="utf-8", newline="\n") as f:
+        f.write(f'{{"name": {json.dumps(encoding.name)},\n"pattern": {json.dumps(encoding._pat_str)},\n'
+                f'"special_tokens": {json.dumps(encoding._special_tokens)},\n"tokens": [\n{lines}\n]}}\n')
+
+
+def load_tokenizer(path):
+    """Return the tiktoken.Encoding that `save_tokenizer` wrote; ValueError if `path` holds no such."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            spec = json.load(f)
+        tokens = [t.encode() if isinstance(t, str) else bytes(list(t or [])) for t in spec["tokens"]]
+        ranks = {token: i for i, token in enumerate(tokens) if token}
+        special = spec["special_tokens"]
+        if len({*ranks.values(), *special.values()}) < sum(map(bool, tokens)) + len(special):
+            raise ValueError("a token or an id occurs twice")
+        return tiktoken.Encoding(spec["name"], pat_str=spec["pattern"], mergeable_ranks=ranks,
+                                 special_tokens=special)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
+        raise ValueError(f"{path} is not a tokenizer that prepare.py wrote ({one_line(e)})") from e
+
+
+# -----------------------------------------------------------------------------
+# encoding
+
+def encode_documents(documents, encoding, fraction):
+    """Yield (ids, number of bytes, held out?) of each document, in order, encoded by all cores just ahead.
+
+    ids is a uint16 array that ends with <|endoftext|>, or None if the encoding's regular expression
+    overflows its stack, as on a million spaces in a row. Text that spells <|endoftext|> is encoded like any
+    other.
+    """
+    def encode(text):
+        data = text.encode()
+        try:
+            ids = encoding.encode_to_numpy(text, disallowed_special=())
+            ids = np.append(ids, np.uint32(encoding.eot_token)).astype("<u2")
+        except ValueError:
+            ids = None
+        return ids, len(data), is_held_out(data, fraction)
+
+    workers, ahead, characters_ahead = os.cpu_count(), deque(), 0
+    with ThreadPoolExecutor(workers) as pool:
+        for text in documents:
+            ahead.append((pool.submit(encode, text), len(text)))
+            characters_ahead += len(text)
+            while characters_ahead > workers * 2**20:
+                future, size = ahead.popleft()
+                characters_ahead -= size
+                yield future.result()
+        while ahead:
+            yield ahead.popleft()[0].result()
+
+
+def write_bins(folder, encoding, skipped):
+    """Write train.bin and val.bin; return how many tokens, bytes of text and documents each holds."""
+    counts = {part: Counter(tokens=0, bytes=0, documents=0) for part in ("train", "val")}
+    start = shown = time.time()
+    live = sys.stdout.isatty()
+    with open(f"{folder}/train.bin", "wb") as train, open(f"{folder}/val.bin", "wb") as val:
+        for source, fraction in passes():
+            documents = read_documents(source, skipped)
+            for ids, size, held_out in encode_documents(documents, encoding, fraction):
+                if ids is None:
+                    skipped["not tokenizable"] += 1
+                    continue
+                (val if held_out else train).write(ids)
+                counts["val" if held_out else "train"].update(tokens=len(ids), bytes=size, documents=1)
+                if time.time() - shown > (1 if live else 30):
+                    shown = time.time()
+                    done = counts["train"] + counts["val"]
+                    line = f"{done['tokens']:,} tokens, {done['bytes'] / 1e6 / (shown - start):.1f} MB/s"
+                    print(f"{line:<60}", end="\r" if live else "\n", flush=True)
+                if 0 < max_tokens <= counts["train"]["tokens"] and not held_out:
+                    break
+    return counts
+
+
+# -----------------------------------------------------------------------------
+# the folder
+
+def check_settings(folder, target):
+    """End the script if a setting makes no sense, or if `target` is not ours to replace."""
+    if not re.fullmatch(r"[\w-][\w.-]*", folder):
+        fail(f"{folder!r} is no name for a folder: give --name=, of letters, digits, '_', '-' and '.'")
+    if os.path.exists(target) and not (os.path.isdir(target) and set(os.listdir(target)) <= set(OUTPUTS)):
+        fail(f"{target} holds what prepare.py did not write: choose another --name")
+    paths = local_files()
+    if paths == []:
+        fail(f"no file matches dataset={dataset!r}, seen from {os.getcwd()}")
+    if paths and (subset or val_split or split != "train"):
+        fail("subset, split and val_split are for Hugging Face datasets: leave them out")
+    if not val_split and not 0 < val_fraction < 1:
+        fail(f"val_fraction={val_fraction} is not between 0 and 1")
+    if max_tokens < 0:
+        fail(f"max_tokens={max_tokens} is negative: 0 takes everything")
+    if tokenizer == "bpe" and not 257 <= vocab_size <= 2**16:
+        fail(f"vocab_size={vocab_size} is not in 257 (bytes and <|endoftext|>) .. {2**16} (uint16)")
+
+
+def build(folder):
+    """Write the four files into `folder`; return what meta.json says."""
+    encoding = get_encoding()
+    save_tokenizer(encoding, f"{folder}/tokenizer.json")
+    with open(f"{folder}/tokenizer.json", "rb") as f:
+        digest = hashlib.sha256(f.read()).hexdigest()
+    skipped = Counter()
+    counts = write_bins(folder, encoding, skipped)
+    train, val = counts["train"]["documents"], counts["val"]["documents"]
+    if not train and not val:
+        fail(f"dataset={dataset!r} has no usable document, {summary(skipped)}; files: {', '.join(FORMATS)}")
+    if not train or not val:
+        remedy = (f"take another --{'val_split' if train else 'split'}" if val_split else
+                  f"{'raise' if train else 'lower'} --val_fraction, or cut the text into more documents")
+        fail(f"all {train + val} documents are in {'train' if train else 'val'}.bin, none is left: {remedy}")
+    source = {key: globals()[key] for key in
+              ("dataset", "subset", "split", "val_split", "val_fraction", "text_column", "max_tokens")}
+    meta = {"vocab_size": encoding.n_vocab, "tokenizer": encoding.name, "tokenizer_sha256": digest, **counts,
+            "source": source, "skipped": skipped, "date": time.strftime("%Y-%m-%d")}
+    with open(f"{folder}/meta.json", "w", encoding="utf-8") as f:
+        json.dump(meta, f, indent=1)
+    return meta
+
+
+def clean_up(target):
+    """Delete what this run or a killed one left beside `target`; put back what it had moved aside."""
+    parent, folder = os.path.split(target)
+    for entry in os.listdir(parent):
+        leftover = re.fullmatch(rf"\.{re.escape(folder)}\.(new|old)-(\d+)", entry)
+        if not leftover or is_running(int(leftover[2])):
+            continue
+        if leftover[1] == "old" and not os.path.exists(target):
+            os.rename(os.path.join(parent, entry), target)
+        else:
+            shutil.rmtree(os.path.join(parent, entry), ignore_errors=True)
+
+
+def is_running(pid):
+    """Whether `pid` is another process that lives."""
+    try:
+        os.kill(pid, 0)
+    except OSError as e:
+        return isinstance(e, PermissionError)
+    return pid != os.getpid()
+
+
+def summary(skipped):
+    reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(skipped.items()))
+    return f"{sum(skipped.values()):,} skipped" + (f" ({reasons})" if reasons else "")
+
+
+def one_line(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def main(argv=None):
+    """Prepare `dataset`. A run that fails or is interrupted leaves everything as it was."""
+    configure(globals(), argv)
+    start = time.time()
+    folder = name or re.sub(r"[^\w-]+", "_", dataset).strip("_")
+    parent = data_dir or "."
+    target, new, old = (os.path.join(parent, entry) for entry in
+                        (folder, f".{folder}.new-{os.getpid()}", f".{folder}.old-{os.getpid()}"))
+    try:
+        check_settings(folder, target)
+        os.makedirs(parent, exist_ok=True)
+        clean_up(target)
+        try:
+            os.mkdir(new)
+            meta = build(new)
+            if os.path.exists(target):
+                os.rename(target, old)
+            os.rename(new, target)
+        finally:
+            clean_up(target)
+    except OSError as e:
+        fail(f"cannot write {target}: {e.strerror}")
+    except ImportError as e:
+        fail(f"{e.name} is not installed: pip install -r requirements.txt")
+    except KeyboardInterrupt:
+        print("interrupted: everything is as it was", file=sys.stderr)
+        raise SystemExit(130) from None
+    train, val = meta["train"], meta["val"]
+    bytes_per_token = (train["bytes"] + val["bytes"]) / (train["tokens"] + val["tokens"])
+    print(f"{target}: {train['tokens']:,} training tokens in {train['documents']:,} documents, "
+          f"{val['tokens']:,} validation tokens in {val['documents']:,}; {summary(meta['skipped'])}")
+    print(f"vocabulary {meta['vocab_size']:,} ({meta['tokenizer']}), {bytes_per_token:.2f} bytes per token, "
+          f"{time.time() - start:.1f} s")
+    print(f"next: python train.py config/quickstart.py --dataset={folder if parent == 'data' else target}")
+
+
+if __name__ == "__main__":
+    main()
