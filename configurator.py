@@ -8,6 +8,7 @@ key that the script does not have, or a value of another type than the default's
 misspelt setting never runs silently.
 """
 import difflib
+import math
 import os
 import runpy
 import sys
@@ -55,7 +56,7 @@ def run_config_file(path):
         fail(f"no config file {path}: check the path, or write a setting as --key=value")
     try:
         namespace = runpy.run_path(path)
-    except Exception as e:  # noqa: BLE001  whatever the user's own code may raise
+    except (Exception, SystemExit) as e:  # noqa: BLE001  whatever the user's own code may raise
         fail(f"the config file {path} does not run: {type(e).__name__}: {e}".replace("\n", " "))
     return {k: v for k, v in namespace.items() if not k.startswith("_") and type(v) is not type(os)}
 
@@ -68,7 +69,8 @@ def parse(text, default):
         if type(default) is int:
             return int(text)
         if type(default) is float:
-            return float(Fraction(text))  # also reads 1/64
+            number = float(Fraction(text)) if "/" in text else float(text)  # 1/64 is welcome
+            return number if math.isfinite(number) else text
     except (KeyError, ValueError, ZeroDivisionError, OverflowError):
         pass
     return text
@@ -80,7 +82,7 @@ def check(key, value, known, where=""):
         close = difflib.get_close_matches(key, known, n=1, cutoff=0)
         fail(f"unknown setting {key!r}{where}: the closest that exists is {close[0]!r}")
     expected = type(known[key])
-    if expected is float and type(value) is int:
+    if expected is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
     if type(value) is not expected:
         fail(f"{key}={value!r}{where} has the wrong type: expected {expected.__name__}, like {known[key]!r}")

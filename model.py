@@ -23,50 +23,47 @@ from torch import nn
 # the k largest: what activations and weights are both sparsified by
 
 SAME_SIZE_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # element size in bytes -> integer type
-workers = ThreadPoolExecutor(torch.get_num_threads())  # a numpy call takes one core, and lets others run
+workers = ThreadPoolExecutor(torch.get_num_threads())
 
 
-@torch.library.custom_op("weight_sparse::keep_largest", mutates_args=())
-def keep_largest(magnitude: torch.Tensor, k: int) -> torch.Tensor:
+def largest_by_topk(magnitude: torch.Tensor, k: int) -> torch.Tensor:
     """Mask, bool (..., n), of the k largest of `magnitude` (..., n), all >= 0, along the last dimension.
 
-    Exactly k entries are kept, the lower index first among equals: these are common in bfloat16 and after a
-    ReLU.
+    Exactly k >= 1 entries are kept, the lower index first among equals: bfloat16 and ReLU make many.
     """
-    bits = magnitude.view(SAME_SIZE_INT[magnitude.itemsize])  # of floats >= 0: integers in the same order
-    kth = bits.topk(k, sorted=False).values.amin(-1, keepdim=True)
-    return break_ties(bits, kth, k)
+    bits = magnitude.view(SAME_SIZE_INT[magnitude.itemsize])  # floats >= 0, as integers, keep their order
+    return mask_from_kth(bits, bits.topk(k, sorted=False).values.amin(-1, keepdim=True), k)
 
 
-@keep_largest.register_kernel("cpu")
-def _(magnitude, k):
-    # numpy's vectorized partition finds the k-th largest an order of magnitude sooner than torch.topk
+def largest_by_partition(magnitude, k):
+    """The same on a CPU, where numpy's partition is an order of magnitude faster than torch.topk."""
     bits = magnitude.view(SAME_SIZE_INT[magnitude.itemsize])
-    rows = bits.reshape(-1, bits.size(-1)).numpy()
+    n = bits.size(-1)
+    rows = bits.reshape(-1, n).numpy()
     kth = np.empty((len(rows), 1), rows.dtype)
-    at = rows.shape[1] - k
+    chunk = max(1, 65536 // n)  # rows at a time, so that they stay in a core's cache
 
-    def select(start, stop):
-        part = rows[start:stop].copy()
-        part.partition(at, axis=1)
-        kth[start:stop, 0] = part[:, at]
+    def select(start):  # numpy keeps to one thread, but lets the others run
+        part = np.partition(rows[start:start + chunk], n - k, axis=1)
+        kth[start:start + chunk] = part[:, n - k, None]
 
-    step = max(1, 65536 // rows.shape[1])  # rows at a time, so that they stay in a core's cache
-    list(workers.map(lambda start: select(start, start + step), range(0, len(rows), step)))
-    kth = torch.from_numpy(kth).view(*bits.shape[:-1], 1)
+    list(workers.map(select, range(0, len(rows), chunk)))
+    return mask_from_kth(bits, torch.from_numpy(kth).view(*bits.shape[:-1], 1), k)
+
+
+def mask_from_kth(bits, kth, k):
+    """Mask of the k largest of `bits` (..., n), of which the k-th largest is `kth` (..., 1)."""
     mask = bits >= kth
-    return mask if torch.count_nonzero(mask) == k * len(rows) else break_ties(bits, kth, k)
-
-
-@keep_largest.register_fake
-def _(magnitude, k):
-    return torch.empty_like(magnitude, dtype=torch.bool)
-
-
-def break_ties(bits, kth, k):
-    """Mask of the k largest of `bits` (..., n), given the k-th largest (..., 1); of its equals the first."""
+    if bits.device.type == "cpu" and torch.count_nonzero(mask) == k * kth.numel():
+        return mask  # no equals: on a GPU, to ask would take longer than to go on
     above, equal = bits > kth, bits == kth
     return above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+
+
+# one operator, which torch.compile does not look into
+keep_largest = torch.library.custom_op("weight_sparse::keep_largest", largest_by_topk, mutates_args=())
+keep_largest.register_kernel("cpu", largest_by_partition)
+keep_largest.register_fake(lambda magnitude, k: torch.empty_like(magnitude, dtype=torch.bool))
 
 
 def abs_topk(x, k):
@@ -110,19 +107,21 @@ def causal_attention(q, k, v, sink_logit, dropout_p):
 
 
 class FusedSinkAttention(torch.autograd.Function):
-    """`sink_attention` on a CPU at the price of plain causal attention (bench.py, "attention with sink").
+    """`sink_attention` on a CPU, at the price of plain causal attention.
 
-    Flash attention gives y = sum(exp(s) v) / Z and lse = log Z, where Z = sum(exp(s)). A sink adds exp(b)
-    to Z, so
-        y_sink = y * Z / (Z + exp(b)) = y * sigmoid(lse - b)    and    lse_sink = log(exp(lse) + exp(b)).
-    The backward pass of flash attention knows the softmax by these two alone: it rebuilds a weight as exp(s
-    - lse) and subtracts the row sum of dy * y. Given y_sink and lse_sink it yields the exact gradients of
-    q, k and v. The sink's weight is 1 - sigmoid(lse - b) and its value zero, which leaves -sum(dy * y)
-    times that weight for b.
+    Flash attention gives y = sum(exp(s) v) / Z and lse = log Z, with Z = sum(exp(s)). A sink adds exp(b):
+
+        y_sink = y * Z / (Z + exp(b)) = y * sigmoid(lse - b)        lse_sink = log(exp(lse) + exp(b))
+
+    The backward pass of flash attention knows the softmax by y and lse alone. It rebuilds each weight as
+    exp(s - lse) and subtracts the row sum of dy * y. Given y_sink and lse_sink it therefore yields the exact
+    gradients of q, k and v. The sink has the weight 1 - sigmoid(lse - b) and the value zero, so the gradient
+    of b is that weight times -sum(dy * y_sink).
     """
 
     @staticmethod
     def forward(ctx, q, k, v, sink_logit):
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))  # the kernel relies on it
         causal = q.size(2) > 1
         y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
         b = sink_logit.view(-1, 1)
@@ -331,51 +330,6 @@ class GPTConfig:
         return [name.strip() for name in self.activation_sparsity_locations.split(",") if name.strip()]
 
 
-CIRCUIT_SPARSITY_NAMES = {  # key of beeg_config.json -> field of GPTConfig
-    "block_size": "block_size", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
-    "d_head": "d_head", "d_model": "d_model", "d_mlp": "d_mlp", "dropout": "dropout", "bias": "use_bias",
-    "rms_norm": "use_rms_norm", "residual_activation_type": "residual_activation",
-    "activation_type": "activation", "afrac": "activation_topk_fraction",
-    "afrac_loctypes": "activation_sparsity_locations", "tied_unembed": "tie_embeddings",
-    "enable_bigram_table": "use_bigram_table", "sink": "use_attention_sinks",
-}
-CIRCUIT_SPARSITY_DEFAULTS = {  # of the keys that a beeg_config.json may lack
-    "d_head": None, "d_mlp": None, "dropout": 0.0, "bias": True, "rms_norm": False,
-    "residual_activation_type": "identity", "activation_type": "gelu", "afrac": None,
-    "afrac_loctypes": "attn_in,attn_out,mlp_in,mlp_out", "tied_unembed": True, "enable_bigram_table": False,
-    "sink": False,
-}
-CIRCUIT_SPARSITY_OTHER = {  # keys that change nothing in the model's function, or are seen to apart
-    "n_mlp", "ln_bias", "flash", "grad_checkpointing", "debug_nans", "learnable_bigram_table",
-    "bigram_table_rank", "d_pos_emb", "dropout_cat_pos_emb", "sinusoidal_cat_pos_emb",
-    "enable_sparse_kernels", "tokenizer_name", "use_tied_aux_matrix",
-}
-
-
-def config_from_circuit_sparsity(theirs):
-    """The GPTConfig that a beeg_config.json (a dict) means. Raises ValueError on what is not here."""
-    for is_there, part in (
-        (theirs.get("d_pos_emb") is not None, "concatenated positional embeddings (d_pos_emb)"),
-        (theirs.get("use_tied_aux_matrix"), "an auxiliary matrix (use_tied_aux_matrix)"),
-        (not theirs.get("rms_norm") and not theirs.get("ln_bias", True), "LayerNorms without bias"),
-    ):
-        if is_there:
-            raise ValueError(f"the model has {part}, for which there is no part here: it cannot be read")
-    unknown = ", ".join(sorted(theirs.keys() - CIRCUIT_SPARSITY_NAMES.keys() - CIRCUIT_SPARSITY_OTHER))
-    if unknown:
-        warnings.warn(f"beeg_config.json has keys that mean nothing here: {unknown}", stacklevel=3)
-    values = CIRCUIT_SPARSITY_DEFAULTS | theirs
-    if "n_mlp" in theirs:
-        values["d_mlp"] = theirs["n_mlp"]
-    try:
-        values["d_head"] = values["d_head"] or values["d_model"] // values["n_head"]
-        values["d_mlp"] = values["d_mlp"] or 0
-        values["afrac"] = 1.0 if values["afrac"] is None else values["afrac"]
-        return GPTConfig(**{name: values[their_name] for their_name, name in CIRCUIT_SPARSITY_NAMES.items()})
-    except (KeyError, TypeError) as e:
-        raise ValueError(f"beeg_config.json lacks or misstates a key ({e})") from None
-
-
 # Every parameter is in one of these two, by the end of its name. PRUNED says along which dimension a
 # matrix's neurons lie, each of which keeps a minimum of weights: a neuron is a row of what reads the
 # residual stream, a column of what writes to it; None where there is no such minimum.
@@ -450,7 +404,7 @@ class GPT(nn.Module):
         return x
 
     def unembed(self, x, idx):
-        """Logits (B, T, vocab_size), at least float32, of residual stream x (B, T, d_model) at tokens idx."""
+        """Logits (B, T, vocab_size) in float32, of residual stream x (B, T, d_model) and tokens idx."""
         logits = self.lm_head(self.transformer.ln_f(x))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits + self.bigram(idx, self.bigram_table)
@@ -479,8 +433,13 @@ class GPT(nn.Module):
 
     def smallest_l0(self, min_weights_per_neuron=4):
         """The smallest fraction of nonzeros at which every neuron of every matrix still gets its minimum."""
-        return max(min_weights_per_neuron * p.size(dim) / p.numel()
-                   for _, p, dim in self.sparse_parameters() if dim is not None)
+        smallest = 0.0
+        for _, p, neuron_dim in self.sparse_parameters():
+            if neuron_dim is not None:
+                least = min(min_weights_per_neuron, p.size(1 - neuron_dim)) * p.size(neuron_dim)
+                fits = least / p.numel()
+                smallest = max(smallest, fits if int(fits * p.numel()) >= least else math.nextafter(fits, 1))
+        return smallest
 
     @torch.no_grad()
     def prune_(self, l0_fraction, min_weights_per_neuron=4, sparsify_biases=True):
@@ -491,8 +450,9 @@ class GPT(nn.Module):
         `sparsify_biases`. Raises ValueError if the neurons' minimum does not fit.
         """
         for name, p, neuron_dim in self.sparse_parameters():
-            k = max(int(l0_fraction * p.numel()), int(p.ndim == 1))
-            if k >= p.numel() or (p.ndim == 1 and not sparsify_biases):
+            is_bias = p.ndim == 1
+            k = max(int(l0_fraction * p.numel()), 1 if is_bias else 0)
+            if k == p.numel() or (is_bias and not sparsify_biases):
                 continue
             magnitude = p.abs()
             if neuron_dim is not None and min_weights_per_neuron:
@@ -501,9 +461,11 @@ class GPT(nn.Module):
                 if j * neurons.size(0) > k:
                     raise ValueError(f"an L0 fraction of {l0_fraction:.6g} leaves {name} {k} weights, fewer "
                                      f"than {j} for each of its {neurons.size(0)} neurons")
-                floor = keep_largest(neurons, j).transpose(0, neuron_dim)
-                magnitude.masked_fill_(floor, torch.inf)
-            p.masked_fill_(~keep_largest(magnitude.flatten(), k).view_as(p), 0.0)
+                magnitude.masked_fill_(keep_largest(neurons, j).transpose(0, neuron_dim), torch.inf)
+            if k == 0:
+                p.zero_()
+            else:
+                p.masked_fill_(~keep_largest(magnitude.flatten(), k).view_as(p), 0.0)
 
     # ---- the format of github.com/openai/circuit_sparsity
 
@@ -618,7 +580,7 @@ def draw(logits, temperature, top_k):
     """One token id for each row of logits (B, vocab_size): (B, 1)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0 at any temperature
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -637,5 +599,55 @@ class SparseLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x):
-        y = (self.weight @ x.reshape(-1, x.size(-1)).T).T.reshape(*x.shape[:-1], -1)
+        with torch.autocast(x.device.type, enabled=False):
+            y = self.weight @ x.reshape(-1, x.size(-1)).T.to(self.weight.dtype)
+        y = y.T.reshape(*x.shape[:-1], -1).contiguous()
         return y if self.bias is None else y + self.bias
+
+
+# ----------------------------------------------------------------------------------------------------------
+# what a configuration in the format of github.com/openai/circuit_sparsity means
+
+CIRCUIT_SPARSITY_NAMES = {  # key of beeg_config.json -> field of GPTConfig
+    "block_size": "block_size", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
+    "d_head": "d_head", "d_model": "d_model", "d_mlp": "d_mlp", "dropout": "dropout", "bias": "use_bias",
+    "rms_norm": "use_rms_norm", "residual_activation_type": "residual_activation",
+    "activation_type": "activation", "afrac": "activation_topk_fraction",
+    "afrac_loctypes": "activation_sparsity_locations", "tied_unembed": "tie_embeddings",
+    "enable_bigram_table": "use_bigram_table", "sink": "use_attention_sinks",
+}
+CIRCUIT_SPARSITY_DEFAULTS = {  # of the keys that a beeg_config.json may lack
+    "d_head": None, "d_mlp": None, "dropout": 0.0, "bias": True, "rms_norm": False,
+    "residual_activation_type": "identity", "activation_type": "gelu", "afrac": None,
+    "afrac_loctypes": "attn_in,attn_out,mlp_in,mlp_out", "tied_unembed": True, "enable_bigram_table": False,
+    "sink": False,
+}
+CIRCUIT_SPARSITY_OTHER = {  # keys that change nothing in the model's function, or are seen to apart
+    "n_mlp", "ln_bias", "flash", "grad_checkpointing", "debug_nans", "learnable_bigram_table",
+    "bigram_table_rank", "d_pos_emb", "dropout_cat_pos_emb", "sinusoidal_cat_pos_emb",
+    "enable_sparse_kernels", "tokenizer_name", "use_tied_aux_matrix",
+}
+
+
+def config_from_circuit_sparsity(theirs):
+    """The GPTConfig that a beeg_config.json (a dict) means. Raises ValueError on what is not here."""
+    for is_there, part in (
+        (theirs.get("d_pos_emb") is not None, "concatenated positional embeddings (d_pos_emb)"),
+        (theirs.get("use_tied_aux_matrix"), "an auxiliary matrix (use_tied_aux_matrix)"),
+        (not theirs.get("rms_norm") and not theirs.get("ln_bias", True), "LayerNorms without bias"),
+    ):
+        if is_there:
+            raise ValueError(f"the model has {part}, for which there is no part here: it cannot be read")
+    unknown = ", ".join(sorted(theirs.keys() - CIRCUIT_SPARSITY_NAMES.keys() - CIRCUIT_SPARSITY_OTHER))
+    if unknown:
+        warnings.warn(f"beeg_config.json has keys that mean nothing here: {unknown}", stacklevel=3)
+    values = CIRCUIT_SPARSITY_DEFAULTS | theirs
+    if "n_mlp" in theirs:
+        values["d_mlp"] = theirs["n_mlp"]
+    try:
+        values["d_head"] = values["d_head"] or values["d_model"] // values["n_head"]
+        values["d_mlp"] = values["d_mlp"] or 0
+        values["afrac"] = 1.0 if values["afrac"] is None else values["afrac"]
+        return GPTConfig(**{name: values[their_name] for their_name, name in CIRCUIT_SPARSITY_NAMES.items()})
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"beeg_config.json lacks or misstates a key ({e})") from None

@@ -232,7 +232,7 @@ def training_sample():
 def save_tokenizer(encoding, path):
     """Write `encoding` as JSON, one token per line in the order of ids.
 
-    A token is a string if its bytes are UTF-8, else a list of byte values; null is an id that no text produces.
+    A token is a string if its bytes are UTF-8, else a list of byte values; null is an id that no text has.
     """
     tokens = [None] * (max(encoding._mergeable_ranks.values()) + 1)
     for token, i in encoding._mergeable_ranks.items():

@@ -1,4 +1,4 @@
-"""Train a weight-sparse transformer: Adam, normalize, prune, decay (Gao et al. 2025, 2.1 and A.2).
+"""Train a weight-sparse transformer: Adam, normalize, prune, decay (Gao et al. 2025, sections 2.1 and A.2).
 
     python train.py config/quickstart.py                                  # one process, CPU or GPU
     torchrun --nproc_per_node=8 train.py config/sparse_python.py          # one node, eight GPUs
@@ -92,19 +92,24 @@ compile = True  # torch.compile, where there is a compiler for it
 MODEL_SETTINGS = [f.name for f in fields(GPTConfig) if f.name in globals()]
 
 # ----------------------------------------------------------------------------------------------------------
-# the method: two schedules and one update
+# the method: two schedules and the step
 
 
 def l0_at(step):
-    """Fraction of nonzero weights after update `step`: 1 at first, then linearly to the target (2.1)."""
+    """Fraction of nonzero weights after update `step`: 1, then linearly down to the target (section 2.1)."""
     start = sparsity_anneal_start_fraction * max_iters
     length = (sparsity_anneal_end_fraction - sparsity_anneal_start_fraction) * max_iters
     done = min(max((step - start) / length, 0.0), 1.0) if length > 0 else float(step >= start)
     return (1 - done) + target_l0_fraction * done
 
 
+def sharkfin_at(step):
+    """What sparsity multiplies the learning rate by: fewer weights take larger steps."""
+    return 1 / math.sqrt(l0_at(step)) if use_sharkfin_schedule else 1.0
+
+
 def lr_at(step):
-    """Learning rate of update `step`: warmup and linear decay, times 1/sqrt(L0) for a shark's fin (A.2)."""
+    """Learning rate of update `step`: warmup and linear decay, times 1/sqrt(L0) for a shark's fin."""
     warmup = int(warmup_fraction * max_iters)
     if step < warmup:
         base = learning_rate * step / warmup
@@ -113,11 +118,6 @@ def lr_at(step):
     else:
         base = learning_rate
     return base * sharkfin_at(step)
-
-
-def sharkfin_at(step):
-    """What sparsity multiplies the learning rate by: fewer weights take larger steps."""
-    return 1 / math.sqrt(l0_at(step)) if use_sharkfin_schedule else 1.0
 
 
 @torch.no_grad()
@@ -134,6 +134,21 @@ def normalize_gradients_(parameters, target_rms):
     return rms
 
 
+def gradients_of_step(network, data, scaler, step, place):
+    """Forward and backward over this rank's share of a step's micro-batches. Returns their mean loss, ()."""
+    micro_steps = range(place.rank, gradient_accumulation_steps, place.world_size)
+    total = 0.0
+    for micro_step in micro_steps:
+        x, y = training_batch(data, step, micro_step, place)
+        last = micro_step == micro_steps[-1]  # at which the gradients are averaged over the ranks
+        with nullcontext() if last or place.world_size == 1 else network.no_sync():
+            with place.autocast():
+                loss = network(x, y)[1] / len(micro_steps)
+            scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
+
+
 @torch.no_grad()
 def update_(model, optimizer, scaler, step):
     """Update `step` from the gradients at hand: normalize, Adam, prune, decay. Returns their RMS before.
@@ -146,10 +161,10 @@ def update_(model, optimizer, scaler, step):
         group["lr"] = lr
     scaler.unscale_(optimizer)
     rms = normalize_gradients_(model.parameters(), grad_clip_rms)
-    scaler.step(optimizer)
+    scaler.step(optimizer)  # not if float16 overflowed
     scaler.update()
     model.prune_(l0_at(step), min_weights_per_neuron, sparsify_biases)
-    torch._foreach_mul_(model.decayed_parameters(), 1 - weight_decay * lr)
+    torch._foreach_mul_(model.decayed_parameters(), 1 - weight_decay * lr)  # p <- p - weight_decay * lr * p
     optimizer.zero_grad(set_to_none=True)
     return rms
 
@@ -672,21 +687,6 @@ def main():
     train(place, data, model, optimizer, scaler, step, best)
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def gradients_of_step(network, data, scaler, step, place):
-    """Forward and backward over this rank's share of a step's micro-batches. Returns their mean loss, ()."""
-    micro_steps = range(place.rank, gradient_accumulation_steps, place.world_size)
-    total = 0.0
-    for micro_step in micro_steps:
-        x, y = training_batch(data, step, micro_step, place)
-        last = micro_step == micro_steps[-1]  # at which the gradients are averaged over the ranks
-        with nullcontext() if last or place.world_size == 1 else network.no_sync():
-            with place.autocast():
-                loss = network(x, y)[1] / len(micro_steps)
-            scaler.scale(loss).backward()
-        total += loss.detach()
-    return total
 
 
 def train(place, data, model, optimizer, scaler, step, best):

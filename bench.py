@@ -1,0 +1,267 @@
+"""What sparsity costs and what it saves: every row measured in one run, ours beside the alternatives.
+
+    python bench.py                # all rows, at sizes for the device: minutes
+    python bench.py --only=prune   # the rows whose name contains this
+
+Each figure is the median of `repeats` after a warm-up; the ratio is to the first other column. Times of one run
+compare with each other, not with those of another day: machines are shared and noisy.
+"""
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import model as model_module
+import train
+from configurator import configure
+from model import GPT, GPTConfig, abs_topk, causal_attention, sink_attention
+
+only = ""  # measure the rows whose name contains this; '': all
+device = "auto"
+dtype = "auto"
+repeats = 5
+compile = True
+
+DEFAULT = GPTConfig()
+SMALL = replace(DEFAULT, n_layer=4, d_model=512, d_mlp=0, n_head=0)  # what two cores step through in a second
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the alternatives, in plain words: what the published code does
+
+
+class PlainAbsTopK(torch.nn.Module):
+    """AbsTopK by torch.topk and scatter."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.k = k
+
+    def forward(self, x):
+        index = x.abs().topk(self.k, sorted=False).indices
+        return torch.zeros_like(x).scatter(-1, index, x.gather(-1, index))
+
+
+def masked_sink_attention(q, k, v, sink_logit, dropout_p):
+    """The sink as a key of zeros, its logit in a dense additive mask."""
+    B, H, T, D = q.shape
+    k, v = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0))
+    hidden = torch.ones(T, T + 1, dtype=torch.bool, device=q.device).triu(2)
+    mask = torch.zeros(T, T + 1, dtype=q.dtype, device=q.device).masked_fill(hidden, -torch.inf)
+    sink = F.pad(sink_logit.to(q.dtype).view(H, 1, 1), (0, T))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(mask + sink).expand(B, H, T, T + 1))
+
+
+@torch.no_grad()
+def topk_prune_(model, l0_fraction, min_weights_per_neuron=4, sparsify_biases=True):
+    """`GPT.prune_` by torch.topk over each matrix."""
+    for _, p, neuron_dim in model.sparse_parameters():
+        k = max(1, int(l0_fraction * p.numel()))
+        magnitude = p.abs()
+        if neuron_dim is not None:
+            top = magnitude.topk(min_weights_per_neuron, dim=1 - neuron_dim).indices
+            magnitude.scatter_(1 - neuron_dim, top, torch.inf)
+        mask = torch.zeros(p.numel(), dtype=torch.bool, device=p.device)
+        mask[magnitude.flatten().topk(k, sorted=False).indices] = True
+        p.mul_(mask.view_as(p))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# measuring
+
+
+def seconds(run, place, warmup=2):
+    """Median time of `repeats` calls of `run`, after a warm-up."""
+    times = []
+    for i in range(warmup + repeats):
+        begun = time.perf_counter()
+        run()
+        if place.device.type == "cuda":
+            torch.cuda.synchronize()
+        if i >= warmup:
+            times.append(time.perf_counter() - begun)
+    return float(np.median(times))
+
+
+def row(name, ours, *others, unit="ms", scale=1e3, faster="ours"):
+    """Print a row: our figure, the others as (name, figure), and the ratio of ours to the first of them."""
+    cells = [f"{name:<44}", f"ours {ours * scale:9.2f} {unit}"]
+    cells += [f"{label} {figure * scale:9.2f} {unit}" for label, figure in others]
+    if others:
+        cells.append(f"ours / {others[0][0]} = {ours / others[0][1]:.3f}")
+    print(" | ".join(cells), flush=True)
+
+
+def step_runner(config, place, kind, batch):
+    """A function that makes one whole training step, in the sparse phase; kind: 'ours', 'dense' or 'plain'."""
+    sparse = kind != "dense"
+    if not sparse:
+        config = replace(config, activation_topk_fraction=1.0, use_attention_sinks=False)
+    train.batch_size, train.block_size, train.gradient_accumulation_steps = batch, config.block_size, 1
+    train.max_iters, train.target_l0_fraction = 1000, 1 / 64 if sparse else 1.0
+    torch.manual_seed(0)
+    tokens = np.random.default_rng(0).integers(config.vocab_size, size=2**20).astype(np.uint16)
+    data = train.Data(tokens, tokens, {}, "")
+    model = GPT(config).to(place.device)
+    optimizer = train.build_optimizer(model)
+    scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
+    train.watch_activations(model)
+    if kind == "plain":
+        replace_by_plain(model)
+    elif compile:
+        train.compile_blocks(model, place)
+
+    def step():
+        train.gradients_of_step(model, data, scaler, 600, place)
+        train.update_(model, optimizer, scaler, 600)
+
+    return step, model
+
+
+def replace_by_plain(model):
+    for block in model.transformer.h:
+        block.attn.attend = masked_sink_attention
+        for part in (block.attn, block.mlp):
+            for name, child in list(part.named_children()):
+                if isinstance(child, model_module.AbsTopK):
+                    setattr(part, name, PlainAbsTopK(child.k))
+    model.prune_ = topk_prune_.__get__(model)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the rows
+
+
+def bench_step(place):
+    config, batch = (DEFAULT, 64) if place.device.type == "cuda" else (SMALL, 8)
+    time_of = {kind: seconds(step_runner(config, place, kind, batch)[0], place) for kind in ("ours", "dense", "plain")}
+    row(f"training step, d_model {config.d_model}, batch {batch} x {config.block_size}", time_of["ours"],
+        ("dense twin", time_of["dense"]), ("plain", time_of["plain"]))
+
+
+def bench_abs_topk(place):
+    for n in (1024, 4096):
+        x = torch.randn(16384, n, device=place.device, dtype=place.dtype, requires_grad=True)
+
+        def run(forward, x=x):
+            x.grad = None
+            forward(x).sum().backward()
+
+        plain = PlainAbsTopK(n // 4)
+        row(f"AbsTopK forward + backward, 16384 x {n}", seconds(lambda: run(lambda x: abs_topk(x, n // 4)), place),
+            ("topk + scatter", seconds(lambda: run(plain), place)),
+            ("copy", seconds(lambda: run(torch.clone), place)))
+
+
+def bench_prune(place):
+    model = GPT(DEFAULT).to(place.device)
+    row("prune of the default model", seconds(lambda: model.prune_(1 / 64), place),
+        ("topk per matrix", seconds(lambda: topk_prune_(model, 1 / 64), place)))
+    config, batch = (DEFAULT, 64) if place.device.type == "cuda" else (SMALL, 8)
+    step, model = step_runner(config, place, "ours", batch)
+    row(f"prune, d_model {config.d_model}", seconds(lambda: model.prune_(1 / 64), place), ("step", seconds(step, place)))
+
+
+def bench_attention(place):
+    for T in (256, 1024):
+        q, k, v = torch.randn(3, 2048 // T, 32, T, 16, device=place.device, dtype=place.dtype).unbind()
+        inputs = [t.requires_grad_() for t in (q, k, v, torch.zeros(32, device=place.device))]
+
+        def run(attend, inputs=inputs):
+            attend(*inputs, 0.0).sum().backward()
+
+        row(f"attention with a sink, d_head 16, T {T}", seconds(lambda: run(sink_attention), place),
+            ("plain causal", seconds(lambda: run(causal_attention), place)),
+            ("dense mask", seconds(lambda: run(masked_sink_attention), place)))
+
+
+def bench_statistics(place):
+    """The share of a step at the default frequencies: each part timed alone, divided by how often it runs."""
+    config, batch = (DEFAULT, 64) if place.device.type == "cuda" else (SMALL, 8)
+    step, model = step_runner(config, place, "ours", batch)
+    watched = [module for _, module in model.sites()]
+    outputs = {}
+    handles = [m.register_forward_hook(lambda m, i, o: outputs.__setitem__(m, o)) for m in watched]
+    step()
+    for handle in handles:
+        handle.remove()
+
+    def watch():
+        for module, output in outputs.items():
+            for hook in module._forward_hooks.values():
+                hook(module, None, output)
+
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    parts = (
+        (watch, 1),
+        (lambda: train.activation_statistics(model), train.log_every_n_steps),
+        (lambda: train.gradient_statistics(model, 1.0), train.log_gradients_every_n_steps),
+        (lambda: train.weight_statistics(model), train.log_weights_every_n_steps),
+        (lambda: train.sparsity_statistics(model, 600), train.log_sparsity_every_n_steps),
+    )
+    cost = sum(seconds(part, place) / every for part, every in parts)
+    row("statistics and logging, of a step", cost, ("step", seconds(step, place)))
+
+
+def bench_sampling(place):
+    """Tokens a second of the default model, pruned to 1/64, batch 1."""
+    model = GPT(DEFAULT).to(place.device).eval()
+    model.prune_(1 / 64)
+    prompt, n = torch.zeros(1, 1, dtype=torch.int64, device=place.device), 100
+    autocast = place.autocast
+
+    @torch.no_grad()
+    def recompute(n=10):
+        idx = prompt.repeat(1, 90)  # about the mean length of what `cached` reads
+        for _ in range(n):
+            logits, _ = model(idx[:, -DEFAULT.block_size:])
+            idx = torch.cat([idx, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+
+    def cached():
+        model.generate(prompt, n, temperature=0)
+
+    with autocast():
+        again, dense = seconds(recompute, place) / 10, seconds(cached, place) / n
+        if place.device.type == "cpu":
+            model.use_sparse_kernels_()
+        ours = seconds(cached, place) / n
+    row("sampling, seconds a token", ours, ("recompute", again), ("dense with cache", dense))
+
+
+def bench_prepare(place):
+    import prepare
+
+    texts = list(prepare.read_documents("train", prepare.Counter()))
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    with tempfile.TemporaryDirectory() as folder:
+        prepare.name, prepare.data_dir = "python_stdlib", folder
+        encoding = prepare.get_encoding()
+        ours = seconds(lambda: prepare.write_bins(folder, encoding, prepare.Counter()), place, warmup=1)
+    raw = seconds(lambda: encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count()), place, warmup=1)
+    row("prepare, MB/s", size / ours, ("raw tiktoken", size / raw), unit="MB/s", scale=1)
+
+
+def bench_memory(place):
+    """Peak memory of a few steps, each kind in a process of its own, and the time to the quickstart's first step."""
+    def child(code):
+        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+    peaks = {}
+    for kind in ("ours", "dense"):
+        peaks[kind] = child(
+            "import sys, resource, torch, bench, train; sys.argv = ['']\n"
+            f"bench.compile = {compile}; place = train.find_place({device!r}, {dtype!r})\n"
+            "config, batch = (bench.DEFAULT, 64) if place.device.type == 'cuda' else (bench.SMALL, 8)\n"
+            f"step, _ = bench.step_runner(config, place, {kind!r}, batch)\n"
+            "for _ in range(3): step()\n"
+            "print(torch.cuda.max_memory_allocated() if place.device.type == 'cuda' else\n"
+            "      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)")
+    row("peak memory of the step", peaks["ours"], ("dense twin", peaks["dense"]), unit="MB", scale=1e-6)
