@@ -1,13 +1,12 @@
-"""What sparsity costs and what it saves: every row measured in one run, ours beside the alternatives.
+"""What sparsity costs and what it saves: ours beside the alternatives, all measured in one run.
 
     python bench.py                # all rows, at sizes for the device: minutes
-    python bench.py --only=prune   # the rows whose name contains this
+    python bench.py --only=prune   # the rows whose function's name contains this
 
-Each figure is the median of `repeats` after a warm-up; the ratio is to the first other column. Times of one run
-compare with each other, not with those of another day: machines are shared and noisy.
+A figure is the median of `repeats` calls after a warm-up. The ratio is ours to the first alternative: it can
+be compared between machines and days, the times cannot, for machines are shared and noisy.
 """
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,10 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import model as model_module
 import train
 from configurator import configure
-from model import GPT, GPTConfig, abs_topk, causal_attention, sink_attention
+from model import GPT, AbsTopK, GPTConfig, causal_attention, sink_attention
 
 only = ""  # measure the rows whose name contains this; '': all
 device = "auto"
@@ -30,7 +28,7 @@ repeats = 5
 compile = True
 
 DEFAULT = GPTConfig()
-SMALL = replace(DEFAULT, n_layer=4, d_model=512, d_mlp=0, n_head=0)  # what two cores step through in a second
+SMALL = GPTConfig(n_layer=4, d_model=512)  # what two cores step through in a second
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -90,7 +88,7 @@ def seconds(run, place, warmup=2):
     return float(np.median(times))
 
 
-def row(name, ours, *others, unit="ms", scale=1e3, faster="ours"):
+def row(name, ours, *others, unit="ms", scale=1e3):
     """Print a row: our figure, the others as (name, figure), and the ratio of ours to the first of them."""
     cells = [f"{name:<44}", f"ours {ours * scale:9.2f} {unit}"]
     cells += [f"{label} {figure * scale:9.2f} {unit}" for label, figure in others]
@@ -99,8 +97,8 @@ def row(name, ours, *others, unit="ms", scale=1e3, faster="ours"):
     print(" | ".join(cells), flush=True)
 
 
-def step_runner(config, place, kind, batch):
-    """A function that makes one whole training step, in the sparse phase; kind: 'ours', 'dense' or 'plain'."""
+def step_runner(config, batch, place, kind):
+    """A function that makes one training step at the target L0, and its model. kind: ours, dense or plain."""
     sparse = kind != "dense"
     if not sparse:
         config = replace(config, activation_topk_fraction=1.0, use_attention_sinks=False)
@@ -130,7 +128,7 @@ def replace_by_plain(model):
         block.attn.attend = masked_sink_attention
         for part in (block.attn, block.mlp):
             for name, child in list(part.named_children()):
-                if isinstance(child, model_module.AbsTopK):
+                if isinstance(child, AbsTopK):
                     setattr(part, name, PlainAbsTopK(child.k))
     model.prune_ = topk_prune_.__get__(model)
 
@@ -139,53 +137,52 @@ def replace_by_plain(model):
 # the rows
 
 
+def sizes(place):
+    """Configuration and batch size of a training step that takes about a second."""
+    return (DEFAULT, 64) if place.device.type == "cuda" else (SMALL, 8)
+
+
 def bench_step(place):
-    config, batch = (DEFAULT, 64) if place.device.type == "cuda" else (SMALL, 8)
-    time_of = {kind: seconds(step_runner(config, place, kind, batch)[0], place) for kind in ("ours", "dense", "plain")}
-    row(f"training step, d_model {config.d_model}, batch {batch} x {config.block_size}", time_of["ours"],
-        ("dense twin", time_of["dense"]), ("plain", time_of["plain"]))
+    config, batch = sizes(place)
+    ours, dense, plain = (seconds(step_runner(config, batch, place, kind)[0], place)
+                          for kind in ("ours", "dense", "plain"))
+    row(f"training step, d_model {config.d_model}, batch {batch} x {config.block_size}", ours,
+        ("dense twin", dense), ("plain", plain))
 
 
 def bench_abs_topk(place):
     for n in (1024, 4096):
         x = torch.randn(16384, n, device=place.device, dtype=place.dtype, requires_grad=True)
-
-        def run(forward, x=x):
-            x.grad = None
-            forward(x).sum().backward()
-
-        plain = PlainAbsTopK(n // 4)
-        row(f"AbsTopK forward + backward, 16384 x {n}", seconds(lambda: run(lambda x: abs_topk(x, n // 4)), place),
-            ("topk + scatter", seconds(lambda: run(plain), place)),
-            ("copy", seconds(lambda: run(torch.clone), place)))
+        dy = torch.randn_like(x)
+        ours, plain, copy = (seconds(lambda f=f, x=x, dy=dy: f(x).backward(dy), place) for f in
+                             (AbsTopK(n // 4), PlainAbsTopK(n // 4), torch.clone))
+        row(f"AbsTopK forward + backward, 16384 x {n}", ours, ("topk + scatter", plain), ("copy", copy))
 
 
 def bench_prune(place):
     model = GPT(DEFAULT).to(place.device)
     row("prune of the default model", seconds(lambda: model.prune_(1 / 64), place),
         ("topk per matrix", seconds(lambda: topk_prune_(model, 1 / 64), place)))
-    config, batch = (DEFAULT, 64) if place.device.type == "cuda" else (SMALL, 8)
-    step, model = step_runner(config, place, "ours", batch)
-    row(f"prune, d_model {config.d_model}", seconds(lambda: model.prune_(1 / 64), place), ("step", seconds(step, place)))
+    config, batch = sizes(place)
+    step, model = step_runner(config, batch, place, "ours")
+    row(f"prune, of the step at d_model {config.d_model}", seconds(lambda: model.prune_(1 / 64), place),
+        ("step", seconds(step, place)))
 
 
 def bench_attention(place):
     for T in (256, 1024):
-        q, k, v = torch.randn(3, 2048 // T, 32, T, 16, device=place.device, dtype=place.dtype).unbind()
+        q, k, v = torch.randn(3, 8192 // T, 32, T, 16, device=place.device, dtype=place.dtype).unbind()
         inputs = [t.requires_grad_() for t in (q, k, v, torch.zeros(32, device=place.device))]
-
-        def run(attend, inputs=inputs):
-            attend(*inputs, 0.0).sum().backward()
-
-        row(f"attention with a sink, d_head 16, T {T}", seconds(lambda: run(sink_attention), place),
-            ("plain causal", seconds(lambda: run(causal_attention), place)),
-            ("dense mask", seconds(lambda: run(masked_sink_attention), place)))
+        dy = torch.randn_like(q)
+        ours, plain, masked = (seconds(lambda f=f, inputs=inputs, dy=dy: f(*inputs, 0.0).backward(dy), place)
+                               for f in (sink_attention, causal_attention, masked_sink_attention))
+        row(f"attention with a sink, d_head 16, T {T}", ours, ("plain causal", plain), ("dense mask", masked))
 
 
 def bench_statistics(place):
-    """The share of a step at the default frequencies: each part timed alone, divided by how often it runs."""
-    config, batch = (DEFAULT, 64) if place.device.type == "cuda" else (SMALL, 8)
-    step, model = step_runner(config, place, "ours", batch)
+    """Their share of a step at the default frequencies: each part timed alone, over the steps it serves."""
+    config, batch = sizes(place)
+    step, model = step_runner(config, batch, place, "ours")
     watched = [module for _, module in model.sites()]
     outputs = {}
     handles = [m.register_forward_hook(lambda m, i, o: outputs.__setitem__(m, o)) for m in watched]
@@ -249,19 +246,41 @@ def bench_prepare(place):
     row("prepare, MB/s", size / ours, ("raw tiktoken", size / raw), unit="MB/s", scale=1)
 
 
-def bench_memory(place):
-    """Peak memory of a few steps, each kind in a process of its own, and the time to the quickstart's first step."""
-    def child(code):
-        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+def child(code):
+    """What a fresh process prints that runs `code`: a number."""
+    setup = ("import resource, sys, time; begun = time.perf_counter(); import torch, bench, train; "
+             f"bench.compile = {compile}; place = train.find_place({device!r}, {dtype!r})\n")
+    result = subprocess.run([sys.executable, "-c", setup + code], capture_output=True, text=True, check=True)
+    return float(result.stdout.split()[-1])
 
-    peaks = {}
-    for kind in ("ours", "dense"):
-        peaks[kind] = child(
-            "import sys, resource, torch, bench, train; sys.argv = ['']\n"
-            f"bench.compile = {compile}; place = train.find_place({device!r}, {dtype!r})\n"
-            "config, batch = (bench.DEFAULT, 64) if place.device.type == 'cuda' else (bench.SMALL, 8)\n"
-            f"step, _ = bench.step_runner(config, place, {kind!r}, batch)\n"
-            "for _ in range(3): step()\n"
-            "print(torch.cuda.max_memory_allocated() if place.device.type == 'cuda' else\n"
-            "      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)")
-    row("peak memory of the step", peaks["ours"], ("dense twin", peaks["dense"]), unit="MB", scale=1e-6)
+
+def bench_memory(place):
+    """Peak memory of a process that makes three steps."""
+    peak = ("torch.cuda.max_memory_allocated()" if place.device.type == "cuda" else
+            "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024")
+    ours, dense = (child(f"step, _ = bench.step_runner(*bench.sizes(place), kind={kind!r}, place=place)\n"
+                         f"for _ in range(3): step()\nprint({peak})") for kind in ("ours", "dense"))
+    row("peak memory of the step", ours, ("dense twin", dense), unit="MB", scale=1e-6)
+
+
+def bench_first_step(place):
+    """From nothing to the end of the first step, imports and compilation included."""
+    first = child("step, _ = bench.step_runner(*bench.sizes(place), kind='ours', place=place)\n"
+                  "step()\nprint(time.perf_counter() - begun)")
+    row("time to the first step", first, unit="s", scale=1)
+
+
+def main():
+    configure(globals())
+    place = train.find_place(device, dtype)
+    name = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else "CPU"
+    print(f"{name}, {torch.get_num_threads()} threads, {place.dtype}, torch {torch.__version__}, "
+          f"numpy {np.__version__}; median of {repeats}")
+    for bench in (bench_step, bench_abs_topk, bench_prune, bench_attention, bench_statistics, bench_sampling,
+                  bench_prepare, bench_memory, bench_first_step):
+        if only in bench.__name__:
+            bench(place)
+
+
+if __name__ == "__main__":
+    main()

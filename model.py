@@ -631,6 +631,8 @@ CIRCUIT_SPARSITY_OTHER = {  # keys that change nothing in the model's function, 
 
 def config_from_circuit_sparsity(theirs):
     """The GPTConfig that a beeg_config.json (a dict) means. Raises ValueError on what is not here."""
+    if not isinstance(theirs, dict):
+        raise ValueError("beeg_config.json holds no configuration")
     for is_there, part in (
         (theirs.get("d_pos_emb") is not None, "concatenated positional embeddings (d_pos_emb)"),
         (theirs.get("use_tied_aux_matrix"), "an auxiliary matrix (use_tied_aux_matrix)"),
