@@ -49,7 +49,7 @@ class PlainAbsTopK(torch.nn.Module):
 
 def masked_sink_attention(q, k, v, sink_logit, dropout_p):
     """The sink as a key of zeros, its logit in a dense additive mask."""
-    B, H, T, D = q.shape
+    B, H, T, _ = q.shape
     k, v = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0))
     hidden = torch.ones(T, T + 1, dtype=torch.bool, device=q.device).triu(2)
     mask = torch.zeros(T, T + 1, dtype=q.dtype, device=q.device).masked_fill(hidden, -torch.inf)
@@ -98,7 +98,7 @@ def row(name, ours, *others, unit="ms", scale=1e3):
 
 
 def step_runner(config, batch, place, kind):
-    """A function that makes one training step at the target L0, and its model. kind: ours, dense or plain."""
+    """A function that makes one step at the target L0, and its model. kind: ours, dense or plain."""
     sparse = kind != "dense"
     if not sparse:
         config = replace(config, activation_topk_fraction=1.0, use_attention_sinks=False)
@@ -176,7 +176,7 @@ def bench_attention(place):
         dy = torch.randn_like(q)
         ours, plain, masked = (seconds(lambda f=f, inputs=inputs, dy=dy: f(*inputs, 0.0).backward(dy), place)
                                for f in (sink_attention, causal_attention, masked_sink_attention))
-        row(f"attention with a sink, d_head 16, T {T}", ours, ("plain causal", plain), ("dense mask", masked))
+        row(f"sink attention, d_head 16, T {T}", ours, ("plain causal", plain), ("dense mask", masked))
 
 
 def bench_statistics(place):

@@ -1,11 +1,12 @@
 """A weight-sparse GPT, after Gao et al. 2025, "Weight-sparse transformers have interpretable circuits"
 (arXiv 2511.13653).
 
-The architecture is GPT-2's with five changes: RMSNorm, AbsTopK at the paper's node sites, an attention sink
-in every head, a dense bigram table beside the unembedding, and no positional embedding. What makes the
-model weight-sparse is not in the forward pass: train.py calls `GPT.prune_` after every optimizer step.
+The architecture is GPT-2's with six changes: RMSNorm, AbsTopK at the paper's node sites, an attention sink
+in every head, a dense bigram table beside the unembedding, an unembedding of its own, and no positional
+embedding. What makes the model weight-sparse is not in the forward pass: train.py calls `GPT.prune_` after
+every optimizer step.
 
-Read from the top: each part is built from those above it.
+Read from the top: each part is built from those above it. The format of the released models comes last.
 """
 import json
 import math
@@ -23,7 +24,7 @@ from torch import nn
 # the k largest: what activations and weights are both sparsified by
 
 SAME_SIZE_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # element size in bytes -> integer type
-workers = ThreadPoolExecutor(torch.get_num_threads())
+workers = ThreadPoolExecutor(torch.get_num_threads())  # for numpy's partition, which keeps to one thread
 
 
 def largest_by_topk(magnitude: torch.Tensor, k: int) -> torch.Tensor:
@@ -43,7 +44,7 @@ def largest_by_partition(magnitude, k):
     kth = np.empty((len(rows), 1), rows.dtype)
     chunk = max(1, 65536 // n)  # rows at a time, so that they stay in a core's cache
 
-    def select(start):  # numpy keeps to one thread, but lets the others run
+    def select(start):
         part = np.partition(rows[start:start + chunk], n - k, axis=1)
         kth[start:start + chunk] = part[:, n - k, None]
 
@@ -53,11 +54,12 @@ def largest_by_partition(magnitude, k):
 
 def mask_from_kth(bits, kth, k):
     """Mask of the k largest of `bits` (..., n), of which the k-th largest is `kth` (..., 1)."""
-    mask = bits >= kth
-    if bits.device.type == "cpu" and torch.count_nonzero(mask) == k * kth.numel():
-        return mask  # no equals: on a GPU, to ask would take longer than to go on
+    if bits.device.type == "cpu":  # on a GPU, to ask whether there are equals takes longer than to go on
+        mask = bits >= kth
+        if torch.count_nonzero(mask) == k * kth.numel():
+            return mask
     above, equal = bits > kth, bits == kth
-    return above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+    return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= k - above.sum(-1, keepdim=True)))
 
 
 # one operator, which torch.compile does not look into
@@ -271,6 +273,39 @@ def no_bigram(idx, table):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# sampling
+
+
+def draw(logits, temperature, top_k):
+    """One token id for each row of logits (B, vocab_size): (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0 at any temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
+
+
+class SparseLinear(nn.Module):
+    """A Linear that does not multiply its zeros: the weight as compressed sparse rows."""
+
+    DENSITY = 0.2  # below this fraction of nonzeros it beats the dense product on a CPU
+
+    def __init__(self, linear):
+        super().__init__()
+        with warnings.catch_warnings(action="ignore"):  # that this kind of tensor is in beta
+            self.weight = linear.weight.detach().to_sparse_csr()
+        self.bias = linear.bias
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            y = self.weight @ x.reshape(-1, x.size(-1)).T.to(self.weight.dtype)
+        y = y.T.reshape(*x.shape[:-1], -1).contiguous()
+        return y if self.bias is None else y + self.bias
+
+
+# ----------------------------------------------------------------------------------------------------------
 # the model
 
 LOCATIONS = ("attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in", "mlp_neuron", "mlp_out",
@@ -432,13 +467,16 @@ class GPT(nn.Module):
         return [p for _, p, _ in self.sparse_parameters() if p.ndim == 2]
 
     def smallest_l0(self, min_weights_per_neuron=4):
-        """The smallest fraction of nonzeros at which every neuron of every matrix still gets its minimum."""
+        """The smallest fraction of nonzeros at which every neuron gets its minimum and no matrix is empty."""
         smallest = 0.0
         for _, p, neuron_dim in self.sparse_parameters():
-            if neuron_dim is not None:
+            least = 1
+            if neuron_dim is not None and min_weights_per_neuron:
                 least = min(min_weights_per_neuron, p.size(1 - neuron_dim)) * p.size(neuron_dim)
-                fits = least / p.numel()
-                smallest = max(smallest, fits if int(fits * p.numel()) >= least else math.nextafter(fits, 1))
+            fits = least / p.numel()
+            if int(fits * p.numel()) < least:  # the product was rounded down
+                fits = math.nextafter(fits, 1)
+            smallest = max(smallest, fits if p.ndim == 2 else 0.0)
         return smallest
 
     @torch.no_grad()
@@ -509,9 +547,10 @@ class GPT(nn.Module):
             raise ValueError(f"{path} does not fit its beeg_config.json: {reason}") from None
         if config.use_bigram_table and not theirs.get("learnable_bigram_table", False):
             model.bigram_table.requires_grad_(False)
+        model.tokenizer_name = theirs.get("tokenizer_name", "tinypython_2k")
         return model
 
-    def to_circuit_sparsity(self, folder, tokenizer_name="tinypython_2k"):
+    def to_circuit_sparsity(self, folder, tokenizer_name="bpe"):
         """Write the model to `folder` in the format of the released ones, with all that their loader wants.
 
         `tokenizer_name`: what their tools know the tokenizer by. Raises FileExistsError if there is a model
@@ -576,35 +615,6 @@ class GPT(nn.Module):
         return self
 
 
-def draw(logits, temperature, top_k):
-    """One token id for each row of logits (B, vocab_size): (B, 1)."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0 at any temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
-
-
-class SparseLinear(nn.Module):
-    """A Linear that does not multiply its zeros: the weight as compressed sparse rows."""
-
-    DENSITY = 0.2  # below this fraction of nonzeros it beats the dense product on a CPU
-
-    def __init__(self, linear):
-        super().__init__()
-        with warnings.catch_warnings(action="ignore"):  # that this kind of tensor is in beta
-            self.weight = linear.weight.detach().to_sparse_csr()
-        self.bias = linear.bias
-
-    def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            y = self.weight @ x.reshape(-1, x.size(-1)).T.to(self.weight.dtype)
-        y = y.T.reshape(*x.shape[:-1], -1).contiguous()
-        return y if self.bias is None else y + self.bias
-
-
 # ----------------------------------------------------------------------------------------------------------
 # what a configuration in the format of github.com/openai/circuit_sparsity means
 
@@ -632,7 +642,7 @@ CIRCUIT_SPARSITY_OTHER = {  # keys that change nothing in the model's function, 
 def config_from_circuit_sparsity(theirs):
     """The GPTConfig that a beeg_config.json (a dict) means. Raises ValueError on what is not here."""
     if not isinstance(theirs, dict):
-        raise ValueError("beeg_config.json holds no configuration")
+        raise ValueError("beeg_config.json holds no configuration")  # noqa: TRY004  as all that is wrong in it
     for is_there, part in (
         (theirs.get("d_pos_emb") is not None, "concatenated positional embeddings (d_pos_emb)"),
         (theirs.get("use_tied_aux_matrix"), "an auxiliary matrix (use_tied_aux_matrix)"),

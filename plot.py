@@ -20,7 +20,7 @@ def read_log(path):
     """The records of a log.jsonl, a list of dicts."""
     try:
         with open(path, encoding="utf-8") as f:
-            return [json.loads(line) for line in f]
+            return [json.loads(line) for line in f if line.endswith("}\n")]  # a killed run may tear its last
     except (OSError, ValueError) as e:
         fail(f"cannot read the log {path} ({e}): give the --out_dir of a training run")
 
@@ -52,7 +52,10 @@ def main():
     figure.align_ylabels()
     figure.tight_layout()
     path = image or os.path.join(out_dir, "curves.png")
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as e:
+        fail(f"cannot write {path} ({e}): choose another --image")
     print(f"wrote {path}")
 
 

@@ -428,7 +428,8 @@ def main(argv=None):
           f"{val['tokens']:,} validation tokens in {val['documents']:,}; {summary(meta['skipped'])}")
     print(f"vocabulary {meta['vocab_size']:,} ({meta['tokenizer']}), {bytes_per_token:.2f} bytes per token, "
           f"{time.time() - start:.1f} s")
-    print(f"next: python train.py config/quickstart.py --dataset={folder if parent == 'data' else target}")
+    place = folder if parent == "data" else os.path.abspath(target)
+    print(f"next: python train.py config/quickstart.py --dataset={place}")
 
 
 if __name__ == "__main__":

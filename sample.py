@@ -4,7 +4,7 @@
     python sample.py --out_dir=out/quickstart --start=FILE:prompt.txt
 """
 import codecs
-import json
+import hashlib
 import os
 
 import tiktoken
@@ -37,14 +37,18 @@ def check_settings():
 def load_model():
     """The model to sample from, and its tokenizer."""
     if init_from == "resume":
-        model, folder = model_of(load_checkpoint(os.path.join(out_dir, checkpoint))), out_dir
+        saved = load_checkpoint(os.path.join(out_dir, checkpoint))
+        model, folder = model_of(saved), out_dir
     else:
         model, folder = load_released(init_from), init_from
     path = os.path.join(folder, "tokenizer.json")
     try:
+        if init_from == "resume":
+            with open(path, "rb") as f:
+                if hashlib.sha256(f.read()).hexdigest() != saved["tokenizer_sha256"]:
+                    raise ValueError(f"{path} is not the one that the model was trained with")
         if init_from != "resume" and not os.path.exists(path):  # released models name a tiktoken encoding
-            with open(os.path.join(folder, "beeg_config.json"), encoding="utf-8") as f:
-                return model, tiktoken.get_encoding(json.load(f).get("tokenizer_name", "tinypython_2k"))
+            return model, tiktoken.get_encoding(model.tokenizer_name)
         return model, load_tokenizer(path)
     except (OSError, ValueError) as e:
         fail(f"no tokenizer for {folder} ({e}): copy the tokenizer.json of the model's data to {path}")
@@ -72,6 +76,14 @@ def read_prompt(tokenizer, block_size):
     return torch.tensor([ids])
 
 
+def spell(tokenizer, token):
+    """The bytes of a token; of an id that the tokenizer does not have, those of a replacement character."""
+    try:
+        return tokenizer.decode_single_token_bytes(token)
+    except KeyError:
+        return "\ufffd".encode()
+
+
 def main():
     configure(globals())
     check_settings()
@@ -89,7 +101,7 @@ def main():
         print(tokenizer.decode(prompt[0].tolist()), end="", flush=True)
         with place.autocast():
             for token in model.stream(prompt, max_new_tokens, temperature, top_k or None):
-                print(decoder.decode(tokenizer.decode_single_token_bytes(token.item())), end="", flush=True)
+                print(decoder.decode(spell(tokenizer, token.item())), end="", flush=True)
         print(decoder.decode(b"", final=True))
 
 

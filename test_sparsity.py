@@ -1340,7 +1340,7 @@ def released(tmp_path):
 
     def write(**changes):
         model, folder = random_gpt(**changes), tmp_path / "released"
-        model.to_circuit_sparsity(folder)
+        model.to_circuit_sparsity(folder, tokenizer_name="bytes")
         return model, folder
 
     return write
@@ -2101,9 +2101,9 @@ def frozen(value):
 
 def state(name="ckpt.pt", out_dir="out"):
     """All of a checkpoint that decides how training goes on, to the last bit."""
-    kept = ("model", "optimizer", "scaler", "step", "best_val_loss", "best_l0")
+    kept = ("model", "scaler", "step", "best_val_loss", "best_l0")
     saved = checkpoint(name, out_dir)
-    return {key: frozen(saved[key]) for key in kept}
+    return {key: frozen(saved[key]) for key in kept} | {"optimizer": frozen(saved["optimizer"]["state"])}
 
 
 def weights(out_dir="out"):

@@ -1,4 +1,4 @@
-"""Train a weight-sparse transformer: Adam, normalize, prune, decay (Gao et al. 2025, sections 2.1 and A.2).
+"""Train a weight-sparse transformer: normalize, Adam, prune, decay (Gao et al. 2025, sections 2.1 and A.2).
 
     python train.py config/quickstart.py                                  # one process, CPU or GPU
     torchrun --nproc_per_node=8 train.py config/sparse_python.py          # one node, eight GPUs
@@ -17,6 +17,7 @@ import shlex
 import shutil
 import signal
 import sys
+import sysconfig
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -67,7 +68,7 @@ eps = 0.1  # far above Adam's usual 1e-8, and meant to be
 weight_decay = 0.1
 grad_clip_rms = 1.0  # gradients are always scaled to this root mean square; 0 leaves them alone
 # batches
-dataset = "python_stdlib"  # a folder in data/ that prepare.py wrote, or the path of one
+dataset = "python_stdlib"  # a folder in data/ that prepare.py wrote, or the absolute path of one
 batch_size = 64  # sequences in a micro-batch, the most that fit the memory
 gradient_accumulation_steps = 8  # micro-batches in a step, over all ranks together
 max_iters = 10000  # updates
@@ -86,7 +87,7 @@ wandb_project = "weight-sparse"
 wandb_run_name = ""  # '': the last part of out_dir
 # system
 device = "auto"  # 'auto', 'cpu', 'cuda', 'cuda:1'; under torchrun each rank takes the GPU of its number
-dtype = "auto"  # of autocast: 'float32', 'bfloat16', 'float16'; 'auto': bfloat16 on a GPU, else float32
+dtype = "auto"  # of autocast: 'float32', 'bfloat16', 'float16'; 'auto' is float32 on a CPU, else the best
 compile = True  # torch.compile, where there is a compiler for it
 
 MODEL_SETTINGS = [f.name for f in fields(GPTConfig) if f.name in globals()]
@@ -125,7 +126,7 @@ def normalize_gradients_(parameters, target_rms):
     """Scale all gradients together to a root mean square of `target_rms`, up as well as down.
 
     Returns their root mean square before, a tensor (). A target of 0 leaves them alone. Where others clip,
-    this always normalizes: the size of a step never depends on the gradient's.
+    this always scales. The 1e-5 is the reference's: a gradient as small as that ends below the target.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     rms = torch.nn.utils.get_total_norm(gradients) / math.sqrt(sum(g.numel() for g in gradients))
@@ -153,15 +154,15 @@ def gradients_of_step(network, data, scaler, step, place):
 def update_(model, optimizer, scaler, step):
     """Update `step` from the gradients at hand: normalize, Adam, prune, decay. Returns their RMS before.
 
-    Gradients and Adam's moments stay dense, they know nothing of the pruning: a weight that is zero now is
-    moved by every update like any other, and stays once it outgrows the smallest survivor.
+    Gradients and Adam's moments are never pruned: a weight that is zero now is moved by every update like
+    any other, and stays once it outgrows the smallest survivor.
     """
     lr = lr_at(step)
     for group in optimizer.param_groups:
         group["lr"] = lr
     scaler.unscale_(optimizer)
     rms = normalize_gradients_(model.parameters(), grad_clip_rms)
-    scaler.step(optimizer)  # not if float16 overflowed
+    scaler.step(optimizer)  # skipped if float16 overflowed; prune and decay are not
     scaler.update()
     model.prune_(l0_at(step), min_weights_per_neuron, sparsify_biases)
     torch._foreach_mul_(model.decayed_parameters(), 1 - weight_decay * lr)  # p <- p - weight_decay * lr * p
@@ -203,26 +204,30 @@ class Place:
 def find_place(device="auto", dtype="auto"):
     """Choose device and precision; under torchrun, join the other processes."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank, here = os.environ.get("LOCAL_RANK", "0"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        fail(f"device={device!r} does not exist: choose auto, cpu, cuda or cuda:N")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and world_size > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        reason = str(e).strip().splitlines()[0]
-        fail(f"device={device} cannot be used ({reason}): try --device=cpu")
+    if device.startswith("cuda:") and here > 1:
+        fail("under torchrun write --device=cuda: each rank takes the GPU of its number")
+    if device.startswith("cuda") and torch.cuda.device_count() < here:
+        fail(f"{here} process(es), {torch.cuda.device_count()} GPU(s): try --device=cpu or fewer processes")
+    device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
+    if device.type == "cuda":
+        if device.index >= torch.cuda.device_count():
+            fail(f"device={device} does not exist: try cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        dtype = "float32"
+        if device.type == "cuda":
+            dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     legal = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in legal:
         fail(f"dtype={dtype!r} does not exist: choose one of auto, {', '.join(legal)}")
     if dtype == "float16" and device.type == "cpu":
         fail("dtype='float16' needs a GPU: on a CPU choose float32 or bfloat16")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
     return Place(rank, world_size, device, legal[dtype])
@@ -272,7 +277,8 @@ def load_data(folder, block_size):
             fail(f"{path} holds {expected} tokens, fewer than one window of block_size={block_size}: "
                  "prepare more data, or train with a smaller --block_size")
         tokens[split] = np.memmap(path, dtype="<u2", mode="r")
-        if (largest := tokens[split].max()) >= vocab_size:
+        # one process of a node reads it all: the others would only wait for the same disk
+        if os.environ.get("LOCAL_RANK", "0") == "0" and (largest := tokens[split].max()) >= vocab_size:
             fail(f"{path} holds the token id {largest}, beyond the vocabulary of {vocab_size}: {remedy}")
     return Data(tokens["train"], tokens["val"], meta, tokenizer)
 
@@ -404,14 +410,12 @@ class Log:
 
     def __init__(self, start):
         """Records from step `start` on will be made again: drop those that an interrupted run left."""
-        path, kept = os.path.join(out_dir, "log.jsonl"), []
-        if start and os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
+        self.path, kept = os.path.join(out_dir, "log.jsonl"), []
+        if start and os.path.exists(self.path):
+            with open(self.path, encoding="utf-8") as f:
                 kept = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] < start]
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            f.writelines(kept)
-        os.replace(path + ".tmp", path)
-        self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  open as long as the run
+        self.append(*kept, path=self.path + ".tmp", mode="w")
+        os.replace(self.path + ".tmp", self.path)
         self.wandb = None
         if wandb_log:
             import wandb
@@ -420,9 +424,16 @@ class Log:
             settings = settings_of(globals())
             self.wandb = wandb.init(project=wandb_project, name=name, dir=out_dir, config=settings)
 
+    def append(self, *lines, path=None, mode="a"):
+        try:
+            with open(path or self.path, mode, encoding="utf-8") as f:
+                f.writelines(lines)
+        except OSError as e:
+            fail(f"cannot write {self.path} ({e.strerror}): make room, or choose another --out_dir")
+
     def write(self, record):
         """Write one record, a dict of numbers with their step."""
-        self.file.write(json.dumps(record) + "\n")
+        self.append(json.dumps(record) + "\n")
         if self.wandb:
             self.wandb.log(record, step=record["step"])
         line = f"step {record['step']:5d}"
@@ -430,12 +441,12 @@ class Log:
             print(f"{line} | train loss {record['train/loss']:.4f} | val loss {record['val/loss']:.4f} | "
                   f"{record['val/bits_per_byte']:.4f} bits per byte", flush=True)
         if "loss" in record:
+            rms = math.inf if record["grad_rms"] is None else record["grad_rms"]
             print(f"{line} | loss {record['loss']:.4f} | lr {record['lr']:.2e} | L0 {record['l0']:.4f} | "
-                  f"grad RMS {record['grad_rms']:.1e} | {record['tokens_per_second']:,.0f} tokens/s | "
+                  f"grad RMS {rms:.1e} | {record['tokens_per_second']:,.0f} tokens/s | "
                   f"{record['seconds_left'] / 60:.1f} min left", flush=True)
 
     def close(self):
-        self.file.close()
         if self.wandb:
             self.wandb.finish()
 
@@ -514,7 +525,8 @@ def load_checkpoint(path):
     """The checkpoint at `path`, a dict as `save_checkpoint` makes it, on the CPU. Runs no code from it."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"model", "config", "settings", "step"} - checkpoint.keys()
+        missing = {"model", "optimizer", "scaler", "config", "settings", "step", "best_val_loss", "best_l0",
+                   "tokenizer_sha256"} - checkpoint.keys()
     except FileNotFoundError:
         fail(f"no checkpoint at {path}: train without --init_from=resume first, or check --out_dir")
     except Exception as e:  # noqa: BLE001  what torch.load raises depends on what is in the file
@@ -575,6 +587,9 @@ def resume_command():
     launcher = ["python"]
     if "LOCAL_WORLD_SIZE" in os.environ:
         launcher = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        launcher += [f"--nnodes={os.environ['GROUP_WORLD_SIZE']}", "--rdzv_backend=c10d",
+                     "--rdzv_endpoint=HOST:29400"]
     arguments = [a for a in sys.argv if not a.startswith("--init_from=")]
     return shlex.join([*launcher, *arguments, "--init_from=resume"])
 
@@ -620,10 +635,10 @@ def build_model(model, vocab_size, given):
              "the data with the model's tokenizer")
     if not all(p.requires_grad for p in model.parameters()):
         fail("the bigram table of this model is marked as fixed: it can be sampled from, not trained, here")
-    smallest = math.ceil(model.smallest_l0(min_weights_per_neuron) * 1e6) / 1e6
+    smallest = model.smallest_l0(min_weights_per_neuron)
     if target_l0_fraction < smallest:
-        fail(f"target_l0_fraction={target_l0_fraction:.6g} leaves no room for min_weights_per_neuron="
-             f"{min_weights_per_neuron}: the smallest that fits is {smallest}")
+        fail(f"target_l0_fraction={target_l0_fraction:.6g} is too small for min_weights_per_neuron="
+             f"{min_weights_per_neuron}: the smallest that fits is {math.ceil(smallest * 1e6) / 1e6}")
     return model
 
 
@@ -631,6 +646,8 @@ def open_out_dir(data):
     """Make out_dir ready for a new run. What another run left there is moved aside, never overwritten."""
     try:
         os.makedirs(out_dir, exist_ok=True)
+        if {"meta.json", "beeg_config.json"} & set(os.listdir(out_dir)):
+            fail(f"out_dir={out_dir} holds data or a released model: choose another --out_dir")
         if os.path.exists(os.path.join(out_dir, "ckpt.pt")):
             n = 1
             while os.path.exists(aside := os.path.join(out_dir, f"previous-{n}")):
@@ -648,9 +665,13 @@ def open_out_dir(data):
 
 def compile_blocks(model, place):
     """Compile the blocks, in place: they share one compilation, and the raw model stays what is saved."""
-    if place.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        print("no C++ compiler found: running without torch.compile")
+    compiler = os.environ.get("CXX", "g++") if place.device.type == "cpu" else os.environ.get("CC", "gcc")
+    header = os.path.join(sysconfig.get_path("include"), "Python.h")
+    if not (shutil.which(compiler) and os.path.exists(header)):
+        if place.rank == 0:
+            print(f"no {compiler} or no Python.h (python3-dev): running without torch.compile")
         return
+    torch._dynamo.config.optimize_ddp = False  # blocks are small enough for DDP
     for block in model.transformer.h:
         block.compile()
 
@@ -660,16 +681,20 @@ def main():
     checkpoint, model, adopted = None, None, {}
     if init_from == "resume":  # with the settings of the run, but for those that are given now
         checkpoint = load_checkpoint(os.path.join(out_dir, "ckpt.pt"))
-        adopted = {k: v for k, v in checkpoint["settings"].items() if k not in ("out_dir", "init_from")}
+        known = settings_of(globals()).keys() - {"out_dir", "init_from"}
+        adopted = {k: v for k, v in checkpoint["settings"].items() if k in known}
     elif init_from != "scratch":
         model = load_released(init_from)
         adopted = {name: getattr(model.config, name) for name in MODEL_SETTINGS}
-    globals().update({k: v for k, v in adopted.items() if k not in given})
-
+    changed = {k: globals()[k] for k in sorted(given & adopted.keys()) if globals()[k] != adopted[k]}
+    globals().update(adopted | changed)
     place = find_place(device, dtype)
     check_settings(place.world_size)
     data = load_data(os.path.join("data", dataset), block_size)
     torch.manual_seed(seed)
+    if model and model.tokenizer_name != data.meta["tokenizer"]:
+        fail(f"data/{dataset} was made with --tokenizer={data.meta['tokenizer']}, but the model needs "
+             f"{model.tokenizer_name}: prepare the data with it")
     if checkpoint:
         if checkpoint["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
             fail(f"data/{dataset} has another tokenizer than the run's data had: choose that --dataset")
@@ -679,14 +704,41 @@ def main():
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
     step, best = 0, (1.0, math.inf)  # best: L0 and val loss
     if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]["state"]})
+        if scaler.is_enabled() and checkpoint["scaler"]:
+            scaler.load_state_dict(checkpoint["scaler"])
         step, best = checkpoint["step"], (checkpoint["best_l0"], checkpoint["best_val_loss"])
+        if step > max_iters:
+            fail(f"max_iters={max_iters} is less than the {step} updates that this run has made: raise it")
+        if place.rank == 0 and changed:
+            print("changed since the checkpoint:", ", ".join(f"{k}={v!r}" for k, v in changed.items()))
     elif place.rank == 0:
         open_out_dir(data)
     train(place, data, model, optimizer, scaler, step, best)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def announce(model, tokens_per_step, place):
+    n, pruned = (sum(p.numel() for p in ps) for ps in (model.parameters(), model.decayed_parameters()))
+    print(f"{n:,} parameters, {pruned:,} in matrices that are pruned to {target_l0_fraction:.4%} | "
+          f"{max_iters:,} steps of {tokens_per_step:,} tokens | "
+          f"{place.world_size} x {place.device.type}, {place.dtype}", flush=True)
+
+
+def evaluate_and_save(model, optimizer, scaler, data, place, step, best, log):
+    """What happens at every evaluation. Returns the best (L0, val loss) so far."""
+    check_ranks_agree(model, place, step)
+    losses = evaluate(model, data, place)
+    if not math.isfinite(losses["val/loss"]):
+        stop(f"at step {step} the val loss is {losses['val/loss']}")
+    result = l0_at(max(step - 1, 0)), losses["val/loss"]
+    better, best = result < best, min(result, best)  # the sparser model is the better, then the lower loss
+    if place.rank == 0:
+        log.write({"step": step, **losses, "val/best_loss": best[1]})
+        for name in ("best.pt", "ckpt.pt") if better else ("ckpt.pt",):
+            save_checkpoint(name, model, optimizer, scaler, step, best, data)
+    return best
 
 
 def train(place, data, model, optimizer, scaler, step, best):
@@ -703,23 +755,11 @@ def train(place, data, model, optimizer, scaler, step, best):
     tokens_per_step = gradient_accumulation_steps * batch_size * block_size
     seconds = []  # that steps took since they were last logged
     if master:
-        n, pruned = (sum(p.numel() for p in ps) for ps in (model.parameters(), model.decayed_parameters()))
-        print(f"{n:,} parameters, {pruned:,} in matrices that are pruned to {target_l0_fraction:.4%} | "
-              f"{max_iters:,} steps of {tokens_per_step:,} tokens | "
-              f"{place.world_size} x {place.device.type}, {place.dtype}", flush=True)
+        announce(model, tokens_per_step, place)
 
     while True:
         if step % eval_interval == 0 or step == max_iters:
-            check_ranks_agree(model, place, step)
-            losses = evaluate(model, data, place)
-            if not math.isfinite(losses["val/loss"]):
-                stop(f"at step {step} the val loss is {losses['val/loss']}")
-            result = l0_at(max(step - 1, 0)), losses["val/loss"]
-            better, best = result < best, min(result, best)  # the sparser model, then the lower loss
-            if master:
-                log.write({"step": step, **losses, "val/best_loss": best[1]})
-                for name in ("best.pt", "ckpt.pt") if better else ("ckpt.pt",):
-                    save_checkpoint(name, model, optimizer, scaler, step, best, data)
+            best = evaluate_and_save(model, optimizer, scaler, data, place, step, best, log)
         if step == max_iters:
             break
 
@@ -727,27 +767,27 @@ def train(place, data, model, optimizer, scaler, step, best):
         loss = gradients_of_step(network, data, scaler, step, place)
         if master and due(step, log_gradients_every_n_steps):
             record |= gradient_statistics(model, scaler.get_scale())
-        rms = update_(model, optimizer, scaler, step).item()
-        loss, stopping = place.sum(loss.item() / place.world_size, stop_signal.received)
+        rms = update_(model, optimizer, scaler, step)
+        loss, rms, stopping = place.sum(loss.item() / place.world_size, rms.item() / place.world_size,
+                                        stop_signal.received)
         seconds.append(time.perf_counter() - begun)
         overflow = not math.isfinite(rms) and scaler.get_scale() > 1  # of float16: Adam was skipped
         if not math.isfinite(loss) or not (math.isfinite(rms) or overflow):
             stop(f"at step {step} the loss is {loss} and the gradients' RMS {rms}")
-        if master:
-            if due(step, log_every_n_steps):
-                seconds_per_step = sum(seconds) / len(seconds)
-                seconds.clear()
-                record |= {"loss": loss, "lr": lr_at(step), "l0": l0_at(step), "grad_rms": rms,
-                           "tokens": (step + 1) * tokens_per_step,
-                           "tokens_per_second": tokens_per_step / seconds_per_step,
-                           "seconds_left": seconds_per_step * (max_iters - 1 - step),
-                           **activation_statistics(model)}
-            if due(step, log_weights_every_n_steps):
-                record |= weight_statistics(model)
-            if due(step, log_sparsity_every_n_steps):
-                record |= sparsity_statistics(model, step)
-            if record:
-                log.write({"step": step, **record})
+        if master and due(step, log_every_n_steps):
+            seconds_per_step = sum(seconds) / len(seconds)
+            seconds.clear()
+            record |= {"loss": loss, "lr": lr_at(step), "l0": l0_at(step),
+                       "grad_rms": None if overflow else rms, "tokens": (step + 1) * tokens_per_step,
+                       "tokens_per_second": tokens_per_step / seconds_per_step,
+                       "seconds_left": seconds_per_step * (max_iters - 1 - step)}
+            record |= activation_statistics(model)
+        if master and due(step, log_weights_every_n_steps):
+            record |= weight_statistics(model)
+        if master and due(step, log_sparsity_every_n_steps):
+            record |= sparsity_statistics(model, step)
+        if record:
+            log.write({"step": step, **record})
         step += 1
 
         if stopping:
