@@ -32,6 +32,8 @@ def check_settings():
     for name, value in least.items():
         if not globals()[name] >= value:
             fail(f"{name}={globals()[name]} must be at least {value}")
+    if seed >= 2**63:
+        fail(f"seed={seed} must have at most 63 bits")
 
 
 def load_model():

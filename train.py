@@ -19,6 +19,7 @@ import signal
 import sys
 import sysconfig
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
@@ -258,8 +259,11 @@ def load_data(folder, block_size):
             meta = json.load(f)
         with open(os.path.join(folder, "tokenizer.json"), encoding="utf-8") as f:
             tokenizer = f.read()
-        sizes = {split: (meta[split]["tokens"], meta[split]["bytes"]) for split in ("train", "val")}
-        vocab_size, sha256 = int(meta["vocab_size"]), meta["tokenizer_sha256"]
+        sizes = {split: meta[split]["tokens"] for split in ("train", "val")}
+        vocab_size, sha256 = meta["vocab_size"], meta["tokenizer_sha256"]
+        if not all(type(n) is int and n > 0 for n in (vocab_size, *sizes.values(), meta["train"]["bytes"],
+                                                      meta["val"]["bytes"])):
+            raise ValueError("a number is not one")
     except OSError as e:
         fail(f"no data in {folder} ({os.path.basename(e.filename)}: {e.strerror}): {remedy}")
     except (ValueError, KeyError, TypeError) as e:
@@ -267,7 +271,7 @@ def load_data(folder, block_size):
     if hashlib.sha256(tokenizer.encode()).hexdigest() != sha256:
         fail(f"{folder}/tokenizer.json is not the one that {folder}/meta.json names: {remedy}")
     tokens = {}
-    for split, (expected, _) in sizes.items():
+    for split, expected in sizes.items():
         path = os.path.join(folder, f"{split}.bin")
         size = os.path.getsize(path) if os.path.isfile(path) else -1
         if size != 2 * expected:
@@ -524,7 +528,8 @@ def save_checkpoint(name, model, optimizer, scaler, step, best, data):
 def load_checkpoint(path):
     """The checkpoint at `path`, a dict as `save_checkpoint` makes it, on the CPU. Runs no code from it."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # our line, below, is enough
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"model", "optimizer", "scaler", "config", "settings", "step", "best_val_loss", "best_l0",
                    "tokenizer_sha256"} - checkpoint.keys()
     except FileNotFoundError:
@@ -603,8 +608,9 @@ def check_settings(world_size):
          lambda v: 0 <= v <= 1, "must lie between 0 and 1"),
         ("beta1 beta2", lambda v: 0 <= v < 1, "must be at least 0 and less than 1"),
         ("target_l0_fraction", lambda v: 0 < v <= 1, "must be more than 0 and at most 1; 1 trains dense"),
-        ("learning_rate eps weight_decay grad_clip_rms min_weights_per_neuron seed log_every_n_steps",
+        ("learning_rate eps weight_decay grad_clip_rms min_weights_per_neuron log_every_n_steps",
          lambda v: 0 <= v < math.inf, "must not be negative"),
+        ("seed", lambda v: 0 <= v < 2**63, "must not be negative, nor more than 63 bits"),
         ("log_gradients_every_n_steps log_weights_every_n_steps log_sparsity_every_n_steps",
          lambda v: v >= 0, "must not be negative; 0 never logs"),
         ("sparsity_anneal_end_fraction", lambda v: v >= sparsity_anneal_start_fraction,
