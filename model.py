@@ -467,7 +467,7 @@ class GPT(nn.Module):
         return [p for _, p, _ in self.sparse_parameters() if p.ndim == 2]
 
     def smallest_l0(self, min_weights_per_neuron=4):
-        """The smallest fraction of nonzeros at which every neuron gets its minimum and no matrix is empty."""
+        """The smallest fraction of nonzeros to give every neuron its minimum and leave no matrix empty."""
         smallest = 0.0
         for _, p, neuron_dim in self.sparse_parameters():
             least = 1
@@ -642,7 +642,7 @@ CIRCUIT_SPARSITY_OTHER = {  # keys that change nothing in the model's function, 
 def config_from_circuit_sparsity(theirs):
     """The GPTConfig that a beeg_config.json (a dict) means. Raises ValueError on what is not here."""
     if not isinstance(theirs, dict):
-        raise ValueError("beeg_config.json holds no configuration")  # noqa: TRY004  as all that is wrong in it
+        raise ValueError("beeg_config.json holds no configuration")  # noqa: TRY004  like the rest
     for is_there, part in (
         (theirs.get("d_pos_emb") is not None, "concatenated positional embeddings (d_pos_emb)"),
         (theirs.get("use_tied_aux_matrix"), "an auxiliary matrix (use_tied_aux_matrix)"),

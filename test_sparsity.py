@@ -2166,11 +2166,13 @@ def launch(command, ranks=1, fault=""):
         with open(path, "w") as f:
             f.write("import io, os, signal, time\nimport torch\nimport train\n"
                     f"rank = int(os.environ.get('RANK', 0))\n{textwrap.dedent(fault)}\ntrain.main()\n")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     env = os.environ | {"PYTHONPATH": REPO, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with open("stdout.txt", "w") as out, open("stderr.txt", "w") as err:
-        return subprocess.Popen([sys.executable, *(torchrun if ranks > 1 else []), path, *arguments], env=env,
-                                stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
+        return subprocess.Popen([*launcher, path, *arguments], env=env, start_new_session=True,
+                                stdin=subprocess.DEVNULL, stdout=out, stderr=err)
 
 
 def finish(process, timeout=120):
@@ -2289,7 +2291,8 @@ def test_gradients_are_those_of_the_mean_over_micro_batches(settings, monkeypatc
     places = [train.Place(rank, 2, torch.device("cpu"), torch.float32) for rank in (0, 1)]
     alone = train.Place(0, 1, torch.device("cpu"), torch.float32)
     model = GPT(GPTConfig(n_layer=1, d_model=16, d_head=8, block_size=16, vocab_size=257))
-    model.no_sync = nullcontext
+    unshared = []
+    model.no_sync = lambda: unshared.append("micro-batch") or nullcontext()
 
     def loss_and_gradients(place):
         model.zero_grad()
@@ -2305,11 +2308,12 @@ def test_gradients_are_those_of_the_mean_over_micro_batches(settings, monkeypatc
         assert loss == pytest.approx(expected.item(), rel=1e-5)
         torch.testing.assert_close(found, gradients, rtol=1e-4, atol=1e-7)
     assert loss_0 != loss_1
+    assert len(unshared) == 2  # the first of each rank's two micro-batches: DDP averages at the last
 
 
 def test_evaluation_is_fixed_complete_and_shared(settings, monkeypatch):
-    """Evaluation reports the same at each call, on windows from a split's first token to its last; the ranks'
-    shares add up; it draws no random number and leaves the model in training mode."""
+    """Evaluation reports the same at each call, on windows from the first token to the last; the ranks'
+    shares add up. It draws no random number and leaves the model in training mode."""
     monkeypatch.setattr(train, "eval_iters", 3)
     monkeypatch.setattr(train.Place, "sum", lambda self, *values: list(values))
     data = train.load_data("data/tiny", 16)
@@ -2325,7 +2329,9 @@ def test_evaluation_is_fixed_complete_and_shared(settings, monkeypatch):
     for split, tokens in (("train", data.train), ("val", data.val)):
         first, *between, last = starts[len(tokens)]
         assert (first, len(between), last) == (0, 3 * 2 - 2, len(tokens) - 1 - 16)
-        nats = record[f"{split}/loss"]
+        rows = torch.tensor(np.array([tokens[start:start + 17] for start in starts[len(tokens)]], int))
+        nats = model.eval()(rows[:, :-1], rows[:, 1:])[1].item()
+        assert record[f"{split}/loss"] == pytest.approx(nats)
         shares = [train.evaluate(model, data, place)[f"{split}/loss"] for place in pair]
         assert nats == pytest.approx(sum(shares)) and min(shares) > 0
         bits = nats * data.meta[split]["tokens"] / math.log(2)
@@ -2346,6 +2352,22 @@ def test_resume_equals_uninterrupted(here, step):
     assert run("train.py --init_from=resume --out_dir=out") == 0
     assert state() == state(out_dir="whole")
     assert state("best.pt") == state("best.pt", "whole")
+    assert log(without=SPEED) == log("whole", without=SPEED)
+
+
+def test_resume_after_a_crash(here):
+    """A run that broke off between two checkpoints goes on from the first of them, to the same end; steps
+    that are made twice are logged once."""
+    def crash():
+        raise ConnectionError("power")
+
+    assert run("train.py tiny.py --out_dir=whole") == 0
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ConnectionError):
+        call_before(patch, "update_", at_step(7, crash))
+        run("train.py tiny.py")
+    assert (checkpoint()["step"], log()[-1]["step"]) == (4, 6)
+    assert run("train.py --init_from=resume") == 0
+    assert state() == state(out_dir="whole")
     assert log(without=SPEED) == log("whole", without=SPEED)
 
 
@@ -2399,14 +2421,15 @@ def test_a_new_run_moves_an_old_one_aside(here):
     (1.0, [5.0, 3.0, 4.0, 3.5], 4), (1.0, [5.0, 4.0, 3.5, 3.0], 12),
     (0.25, [5.0, 1.0, 4.0, 4.5], 8), (0.25, [5.0, 1.0, 4.0, 3.5], 12)])
 def test_best_checkpoint(here, monkeypatch, target, losses, best_step):
-    """best.pt has the lowest val loss of the evaluations at the lowest L0 reached; ckpt.pt is the last."""
+    """best.pt has the lowest val loss of all evaluations at the lowest L0, before or after a resume."""
     scripted = iter(losses)
 
     def evaluate(model, data, place):
         return dict.fromkeys(LOGGED["eval_interval"] - {"val/best_loss"}, next(scripted))
 
     monkeypatch.setattr(train, "evaluate", evaluate)
-    assert run(f"train.py tiny.py --target_l0_fraction={target}") == 0
+    assert interrupted_run(f"train.py tiny.py --target_l0_fraction={target}", 6) == 0
+    assert run("train.py --init_from=resume") == 0
     best, last = checkpoint("best.pt"), checkpoint()
     assert (best["step"], last["step"]) == (best_step, 12)
     assert best["best_val_loss"] == last["best_val_loss"] == losses[best_step // 4]
@@ -2723,16 +2746,24 @@ def test_the_death_of_a_rank_ends_the_other(two_ranks, here, rank):
 
 
 @pytest.mark.slow
-def test_sigterm_to_torchrun(two_ranks, here):
-    """SIGTERM to torchrun: both ranks finish the step, one checkpoint is written and the command to resume is
-    printed; resumed, the run ends as if it had not been stopped."""
-    slow = "call = train.update_\ntrain.update_ = lambda *arguments: (time.sleep(0.1), call(*arguments))[1]"
-    process = launch(LONG, ranks=2, fault=slow)
+@pytest.mark.parametrize("everyone", [False, True])
+def test_sigterm_to_torchrun(two_ranks, here, everyone):
+    """SIGTERM to torchrun, or to every process, to which torchrun then adds its own: both ranks finish the
+    step, one checkpoint is written and the command to resume is printed; resumed, the run ends as if it had
+    not been stopped."""
+    process = launch(LONG, ranks=2, fault="""
+        update_ = train.update_
+        def slow_update_(model, optimizer, scaler, step):
+            time.sleep(1 if step > 15 else 0)
+            return update_(model, optimizer, scaler, step)
+        train.update_ = slow_update_
+        """)
     wait_for(printed("step    15 | loss"), process)
-    process.terminate()
+    for pid in family(process.pid) if everyone else [process.pid]:
+        os.kill(pid, signal.SIGTERM)
     finish(process)
     stopped = re.search(r"stopped before step (\d+); go on with: (torchrun .*)", read("stdout.txt"))
-    assert checkpoint()["step"] == int(stopped[1]) < 60 and checkpoint()["step"] % 10
+    assert stopped and checkpoint()["step"] == int(stopped[1]) in range(16, 20)
     launcher, ranks, script, *arguments = shlex.split(stopped[2])
     assert (launcher, ranks, os.path.basename(script)) == ("torchrun", "--nproc_per_node=2", "faulty.py")
     status, error = finish(launch(shlex.join(["train.py", *arguments]), ranks=2))
@@ -2758,7 +2789,7 @@ def kills(default):
 
 
 def kill_at_random(process, ranks, draw, step):
-    """SIGKILL to a run, while it starts or after a random step from `step` on. False if it ends before.
+    """SIGKILL to a run, while it starts or after a random step, `step` or later. False if it ends before.
 
     All dies at once, as in a loss of power; or one of several ranks, after which torchrun ends the rest.
     """
@@ -2766,7 +2797,7 @@ def kill_at_random(process, ranks, draw, step):
     victims = family(process.pid) if ranks > 1 else [process.pid]
     if ranks > 1 and draw.random() < 0.5:
         victims = [draw.choice(victims[-ranks:])]
-    if step == 60 or draw.random() < 0.2:
+    if draw.random() < 0.2:
         time.sleep(draw.uniform(0, 3))
     else:
         wait_for(printed(f"step {draw.randrange(step, min(step + 25, 60)):5d} | loss"), process)
@@ -2787,7 +2818,7 @@ def survive_kills(number, ranks, reference):
             step = checkpoint()["step"] if os.path.exists("out/ckpt.pt") else -1
             go_on = f"--init_from={'scratch' if step < 0 else 'resume'} --log_every_n_steps=1"
             process = launch(f"{LONG} {go_on}", ranks)
-            killed = len(made) < number and kill_at_random(process, ranks, draw, max(step, 0))
+            killed = len(made) < number and step < 50 and kill_at_random(process, ranks, draw, max(step, 0))
             status, error = finish(process)
             assert killed or status == 0, error
             if killed and status != 0:
@@ -2837,9 +2868,9 @@ torch.save, os.replace = halting_save, halting_replace
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment, name, step", [("half written", "best.pt", 4), ("renamed", "best.pt", 4),
-                                                ("half written", "ckpt.pt", 4), ("not renamed", "ckpt.pt", 4),
-                                                ("renamed", "ckpt.pt", 8)])
+@pytest.mark.parametrize("moment, name, step", [
+    ("half written", "best.pt", 4), ("renamed", "best.pt", 4),
+    ("half written", "ckpt.pt", 4), ("not renamed", "ckpt.pt", 4), ("renamed", "ckpt.pt", 8)])
 def test_killed_inside_a_checkpoint(here, moment, name, step):
     """Killed while a checkpoint is half written, whole but not renamed, or just renamed, the run has a whole
     checkpoint to go on from, and ends with the bytes of one that was left alone."""
@@ -2868,7 +2899,7 @@ def test_a_second_sigint_aborts_at_once(here):
         """)
     wait_for(printed("updating"), process)
     process.send_signal(signal.SIGINT)
-    time.sleep(1)
+    time.sleep(2)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(20) != 0
@@ -2932,7 +2963,8 @@ def test_disk_full_during_the_log(here, capfd):
     """A log that cannot be written ends the run with one line and status 2; the last checkpoint is whole."""
     before_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     with pytest.MonkeyPatch.context() as patch:
-        call_before(patch, "update_", at_step(5, lambda: limit_files(os.path.getsize("out/log.jsonl") + 100)))
+        call_before(patch, "update_", at_step(
+            5, lambda: limit_files(os.path.getsize("out/log.jsonl") + 100)))
         try:
             status = run("train.py tiny.py")
         finally:
@@ -3102,7 +3134,6 @@ BAD_INPUTS = [
     ("train.py tiny.py --residual_activation=gelu", "identity, relu"),
     ("train.py tiny.py --activation_sparsity_locations=attn_in,mlp_inn", "mlp_in, mlp_neuron"),
     ("train.py tiny.py --target_l0_fraction=0.2", "smallest that fits is 0.25"),
-    ("train.py tiny.py --target_l0_fraction=1e-6 --min_weights_per_neuron=0", "target_l0_fraction"),
     ("train.py tiny.py --init_from=resmue", "'resume'"),
     ("sample.py --num_samples=0", "num_samples"),
     ("sample.py --max_new_tokens=0", "max_new_tokens"),
@@ -3166,7 +3197,7 @@ BAD_INPUTS = [
         ("--out_dir", bomb),
         ("--out_dir", zipped_bomb),
         ("--out_dir", lambda: torch.save([1, 2], "out/ckpt.pt")),
-        ("choose another", lambda: torch.save({"model": {}, "model_args": {}, "iter_num": 3}, "out/ckpt.pt")),
+        ("choose another", lambda: torch.save({"model": {}, "iter_num": 3}, "out/ckpt.pt")),
         ("--out_dir", lambda: (os.remove("out/ckpt.pt"), os.mkdir("out/ckpt.pt"))),
         ("code that wrote it", config(n_layer=2)),
         ("code that wrote it", config(d_model=32)),
@@ -3207,8 +3238,8 @@ def names(cases):
 
 @pytest.mark.parametrize("case", BAD_INPUTS, ids=names(BAD_INPUTS))
 def test_bad_input(trained, tmp_path, monkeypatch, capfd, recwarn, case):
-    """Bad input ends a script with status 2 and one line that names the remedy, before any update; no file is
-    changed, made or removed, and nothing from a file is executed."""
+    """Bad input ends a script with status 2 and one line that names the remedy, before any update. No file
+    is changed, made or removed, and nothing from a file is executed."""
     command, remedy, *damage = case
     monkeypatch.chdir(shutil.copytree(trained, tmp_path / "here"))
     call_before(monkeypatch, "update_", lambda *arguments: pytest.fail("trained all the same"))
@@ -3222,7 +3253,7 @@ def test_bad_input(trained, tmp_path, monkeypatch, capfd, recwarn, case):
     lines = capfd.readouterr().err.splitlines()
     assert status == 2
     assert len(lines) == 1 and lines[0].startswith("error: ") and remedy in lines[0], lines
-    assert not recwarn.list  # in a process of its own a warning would be one more line
+    assert not [w for w in recwarn if w.category is UserWarning]  # which would print one more line
     assert tree() == before
 
 
@@ -3257,7 +3288,7 @@ def test_accumulation_must_be_a_multiple_of_the_ranks(settings, monkeypatch, cap
 
 @pytest.mark.parametrize("flags", [
     "", "--d_mlp=40", "--d_model=24 --min_weights_per_neuron=5", "--min_weights_per_neuron=100",
-    "--tie_embeddings=True --min_weights_per_neuron=3", "--min_weights_per_neuron=0"])
+    "--tie_embeddings=True --min_weights_per_neuron=3"])
 def test_the_smallest_target_that_is_offered_fits(here, flags, capsys):
     """The target that the error message offers trains, and one a little smaller does not."""
     assert run(f"train.py tiny.py {flags} --target_l0_fraction=1e-4") == 2

@@ -8,6 +8,7 @@ Any setting below is changed in a config file or by a flag: --target_l0_fraction
 interrupted goes on with the same command and --init_from=resume. The method is in `l0_at`, `lr_at` and
 `update_`; the rest is the loop around it, in the order in which things happen.
 """
+import fcntl
 import hashlib
 import json
 import math
@@ -414,30 +415,40 @@ class Log:
 
     def __init__(self, start):
         """Records from step `start` on will be made again: drop those that an interrupted run left."""
-        self.path, kept = os.path.join(out_dir, "log.jsonl"), []
-        if start and os.path.exists(self.path):
-            with open(self.path, encoding="utf-8") as f:
-                kept = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] < start]
-        self.append(*kept, path=self.path + ".tmp", mode="w")
-        os.replace(self.path + ".tmp", self.path)
-        self.wandb = None
+        self.path, self.wandb = os.path.join(out_dir, "log.jsonl"), None
+        try:
+            kept = []
+            if start and os.path.exists(self.path):
+                with open(self.path, encoding="utf-8") as f:
+                    records = [json.loads(line) for line in f if line.endswith("}\n")]  # one may be torn
+                kept = [json.dumps(record) + "\n" for record in records if record["step"] < start]
+            with open(self.path + ".tmp", "w", encoding="utf-8") as f:
+                f.writelines(kept)
+            os.replace(self.path + ".tmp", self.path)
+        except (OSError, ValueError) as e:
+            fail(f"cannot rewrite {self.path} ({e}): repair it or move it away")
         if wandb_log:
-            import wandb
+            self.start_wandb()
 
-            name = wandb_run_name or os.path.basename(os.path.abspath(out_dir))
+    def start_wandb(self):
+        try:
+            import wandb
+        except ImportError:
+            fail("wandb is not installed: pip install -r requirements.txt, or --wandb_log=False")
+        name = wandb_run_name or os.path.basename(os.path.abspath(out_dir))
+        try:
             settings = settings_of(globals())
             self.wandb = wandb.init(project=wandb_project, name=name, dir=out_dir, config=settings)
-
-    def append(self, *lines, path=None, mode="a"):
-        try:
-            with open(path or self.path, mode, encoding="utf-8") as f:
-                f.writelines(lines)
-        except OSError as e:
-            fail(f"cannot write {self.path} ({e.strerror}): make room, or choose another --out_dir")
+        except wandb.Error as e:
+            fail(f"wandb: {' '.join(str(e).split())} (or set WANDB_MODE=offline, or --wandb_log=False)")
 
     def write(self, record):
         """Write one record, a dict of numbers with their step."""
-        self.append(json.dumps(record) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(record) + "\n")
+        except OSError as e:
+            fail(f"cannot write {self.path} ({e.strerror}): make room, then --init_from=resume")
         if self.wandb:
             self.wandb.log(record, step=record["step"])
         line = f"step {record['step']:5d}"
@@ -574,17 +585,22 @@ def stop(message):
 
 
 class StopSignal:
-    """Notes SIGINT or SIGTERM, for the loop to see after the step. A second one ends the process at once."""
+    """Notes SIGINT or SIGTERM, for the loop to see after the step. A second one ends the process at once.
+
+    A scheduler that signals all processes reaches those of torchrun twice, as torchrun passes its own signal
+    on: there, a second one counts only if it comes seconds later.
+    """
 
     def __init__(self):
-        self.received = False
+        self.received = None  # when
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.receive)
 
     def receive(self, number, frame):
-        self.received = True
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
+        grace = 5 if "LOCAL_RANK" in os.environ else 0
+        if self.received and time.monotonic() - self.received >= grace:
+            os._exit(128 + number)
+        self.received = self.received or time.monotonic()
 
 
 def resume_command():
@@ -648,10 +664,25 @@ def build_model(model, vocab_size, given):
     return model
 
 
-def open_out_dir(data):
-    """Make out_dir ready for a new run. What another run left there is moved aside, never overwritten."""
+def claim_out_dir():
+    """Keep other runs out of out_dir. Returns a file that holds the lock while it is open."""
     try:
         os.makedirs(out_dir, exist_ok=True)
+        lock = open(os.path.join(out_dir, "lock"), "w")  # noqa: SIM115  closed by `main`
+    except OSError as e:
+        fail(f"cannot write to out_dir={out_dir} ({e.strerror}): choose another --out_dir")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another run is writing to out_dir={out_dir}: stop it, or choose another --out_dir")
+    except OSError:
+        pass  # a file system without locks
+    return lock
+
+
+def start_out_dir(data):
+    """Make out_dir ready for a new run. What another run left there is moved aside, never overwritten."""
+    try:
         if {"meta.json", "beeg_config.json"} & set(os.listdir(out_dir)):
             fail(f"out_dir={out_dir} holds data or a released model: choose another --out_dir")
         if os.path.exists(os.path.join(out_dir, "ckpt.pt")):
@@ -718,9 +749,10 @@ def main():
             fail(f"max_iters={max_iters} is less than the {step} updates that this run has made: raise it")
         if place.rank == 0 and changed:
             print("changed since the checkpoint:", ", ".join(f"{k}={v!r}" for k, v in changed.items()))
-    elif place.rank == 0:
-        open_out_dir(data)
-    train(place, data, model, optimizer, scaler, step, best)
+    with claim_out_dir() if place.rank == 0 else nullcontext():
+        if place.rank == 0 and not checkpoint:
+            start_out_dir(data)
+        train(place, data, model, optimizer, scaler, step, best)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -775,7 +807,7 @@ def train(place, data, model, optimizer, scaler, step, best):
             record |= gradient_statistics(model, scaler.get_scale())
         rms = update_(model, optimizer, scaler, step)
         loss, rms, stopping = place.sum(loss.item() / place.world_size, rms.item() / place.world_size,
-                                        stop_signal.received)
+                                        stop_signal.received is not None)
         seconds.append(time.perf_counter() - begun)
         overflow = not math.isfinite(rms) and scaler.get_scale() > 1  # of float16: Adam was skipped
         if not math.isfinite(loss) or not (math.isfinite(rms) or overflow):

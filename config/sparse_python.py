@@ -1,8 +1,8 @@
-# The paper-like run: 8 GPUs, a public corpus of Python code, all settings the defaults of train.py but these.
+# The paper-like run: 8 GPUs, a public corpus of Python code, all settings those of train.py but these.
 #   python prepare.py --dataset=codeparrot/codeparrot-clean-train --text_column=content --name=codeparrot \
 #       --max_tokens=10_000_000_000
 #   torchrun --nproc_per_node=8 train.py config/sparse_python.py
-# One pass over 10 billion tokens. Expected: 1 to 3 hours on 8 H100 by the arithmetic of 6 FLOPs a weight and token
+# One pass over 10 billion tokens. Expected: 1 to 3 hours on 8 H100, reckoned with 6 FLOPs a weight and token
 # at 10 to 25% of the peak, if AbsTopK and the prune do not dominate. Not measured.
 out_dir = "out/sparse_python"
 dataset = "codeparrot"
