@@ -23,49 +23,47 @@ from torch import nn
 # ----------------------------------------------------------------------------------------------------------
 # the k largest: what activations and weights are both sparsified by
 
-SAME_SIZE_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # element size in bytes -> integer type
+SAME_SIZE_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size in bytes
 workers = ThreadPoolExecutor(torch.get_num_threads())  # for numpy's partition, which keeps to one thread
 
 
-def largest_by_topk(magnitude: torch.Tensor, k: int) -> torch.Tensor:
-    """Mask, bool (..., n), of the k largest of `magnitude` (..., n), all >= 0, along the last dimension.
+def largest_by_topk(x: torch.Tensor, k: int) -> torch.Tensor:
+    """Mask, bool (..., n), of the k >= 1 entries of x (..., n) of largest magnitude in the last dimension.
 
-    Exactly k >= 1 entries are kept, the lower index first among equals: bfloat16 and ReLU make many.
+    Exactly k entries are kept, the lower index first among equals: bfloat16 and ReLU make many.
     """
-    bits = magnitude.view(SAME_SIZE_INT[magnitude.itemsize])  # floats >= 0, as integers, keep their order
-    return mask_from_kth(bits, bits.topk(k, sorted=False).values.amin(-1, keepdim=True), k)
+    integer = SAME_SIZE_INT[x.itemsize]
+    bits = x.view(integer) & torch.iinfo(integer).max  # |x|: as integers they keep their order
+    kth = bits.topk(k, sorted=False).values.amin(-1, keepdim=True)
+    above, equal = bits > kth, bits == kth
+    return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= k - above.sum(-1, keepdim=True)))
 
 
-def largest_by_partition(magnitude, k):
+def largest_by_partition(x, k):
     """The same on a CPU, where numpy's partition is an order of magnitude faster than torch.topk."""
-    bits = magnitude.view(SAME_SIZE_INT[magnitude.itemsize])
-    n = bits.size(-1)
-    rows = bits.reshape(-1, n).numpy()
-    kth = np.empty((len(rows), 1), rows.dtype)
+    n = x.size(-1)
+    rows = x.view(SAME_SIZE_INT[x.itemsize]).view(-1, n).numpy()
+    mask = np.empty(rows.shape, bool)
     chunk = max(1, 65536 // n)  # rows at a time, so that they stay in a core's cache
 
     def select(start):
-        part = np.partition(rows[start:start + chunk], n - k, axis=1)
-        kth[start:start + chunk] = part[:, n - k, None]
+        bits = rows[start:start + chunk] & np.iinfo(rows.dtype).max  # |x|, as above
+        kept = mask[start:start + chunk]
+        kth = np.partition(bits, n - k, axis=1)[:, n - k, None]
+        np.greater_equal(bits, kth, out=kept)
+        if np.count_nonzero(kept) > k * len(bits):  # equals
+            above, equal = bits > kth, bits == kth
+            room = k - np.count_nonzero(above, axis=1, keepdims=True)
+            np.logical_or(above, equal & (np.cumsum(equal, axis=1, dtype=np.int32) <= room), out=kept)
 
     list(workers.map(select, range(0, len(rows), chunk)))
-    return mask_from_kth(bits, torch.from_numpy(kth).view(*bits.shape[:-1], 1), k)
-
-
-def mask_from_kth(bits, kth, k):
-    """Mask of the k largest of `bits` (..., n), of which the k-th largest is `kth` (..., 1)."""
-    if bits.device.type == "cpu":  # on a GPU, to ask whether there are equals takes longer than to go on
-        mask = bits >= kth
-        if torch.count_nonzero(mask) == k * kth.numel():
-            return mask
-    above, equal = bits > kth, bits == kth
-    return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= k - above.sum(-1, keepdim=True)))
+    return torch.from_numpy(mask).view(x.shape)
 
 
 # one operator, which torch.compile does not look into
 keep_largest = torch.library.custom_op("weight_sparse::keep_largest", largest_by_topk, mutates_args=())
 keep_largest.register_kernel("cpu", largest_by_partition)
-keep_largest.register_fake(lambda magnitude, k: torch.empty_like(magnitude, dtype=torch.bool))
+keep_largest.register_fake(lambda x, k: torch.empty_like(x, dtype=torch.bool))
 
 
 def abs_topk(x, k):
@@ -76,7 +74,7 @@ def abs_topk(x, k):
     """
     if not 1 <= k <= x.size(-1):
         raise ValueError(f"abs_topk keeps between 1 and {x.size(-1)} entries here, not {k}")
-    return x * keep_largest(x.detach().abs().contiguous(), k)
+    return x * keep_largest(x.detach().contiguous(), k)
 
 
 class AbsTopK(nn.Module):

@@ -1,7 +1,7 @@
-"""All tests. Each states a property in its name and first line, on a CPU; -m "not slow" takes under a minute.
+"""All tests, on a CPU: each states a property in its name and its first line. -m "not slow" takes a minute.
 
-The oracles (plain_...) are slow, plain and share no code with what they check; what they check is what training,
-sampling and preparing call.
+The oracles (plain_...) are slow, plain and share no code with what they check; what they check is what
+training, sampling and preparing call.
 """
 import ast
 import errno
@@ -63,7 +63,8 @@ few = hypothesis_settings(max_examples=40, deadline=None, derandomize=True, data
 
 @pytest.fixture
 def choose(monkeypatch):
-    """choose(name=value, ...) changes settings of train.py; they are what they were when the test is over."""
+    """choose(name=value, ...) changes settings of train.py; they are what they were when the test is
+    over."""
 
     def set_all(**values):
         for name, value in values.items():
@@ -101,7 +102,8 @@ def plain_prune(w, k, neuron_dim, j):
 
 
 def plain_attention(q, k, v, sink=None):
-    """Causal attention of one head, q, k, v (B, T, d_head): an explicit softmax, the sink one more column."""
+    """Causal attention of one head, q, k, v (B, T, d_head): an explicit softmax, the sink one more
+    column."""
     scores = q @ k.transpose(1, 2) / math.sqrt(q.size(-1))
     future = torch.ones(scores.shape[1:]).triu(1 + k.size(1) - q.size(1)) > 0  # the last query sees all keys
     scores = scores.masked_fill(future, -torch.inf)
@@ -221,7 +223,8 @@ def assert_close(found, expected, tolerance):
 
 
 def random_model(seed, **fixed):
-    """A small GPT in float64, of a random configuration but for what is fixed; biases and sinks are not 0."""
+    """A small GPT in float64, of a random configuration but for what is fixed; biases and sinks are not
+    0."""
     options = {
         "n_layer": (1, 2), "d_model": (8, 12), "d_head": (4,), "n_head": (0, 3), "d_mlp": (0, 20),
         "block_size": (8,), "vocab_size": (11,),
@@ -280,7 +283,7 @@ def plain_mask(x, k):
 
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-numbers = st.one_of(st.integers(-2, 2).map(float), st.floats(-1e4, 1e4, width=32))  # integers: ties and zeros
+numbers = st.one_of(st.integers(-2, 2).map(float), st.floats(-1e4, 1e4, width=32))  # ints: ties, zeros
 rows_of = {n: st.lists(numbers, min_size=n, max_size=n) for n in range(1, 21)}
 tables = st.integers(1, 20).flatmap(lambda n: st.lists(rows_of[n], min_size=1, max_size=4))
 
@@ -350,7 +353,8 @@ def test_abs_topk_refuses_a_k_out_of_range(k):
 MATRICES = {"transformer.wte.weight": None, "lm_head.weight": None, "transformer.h.0.attn.c_attn.weight": 0,
             "transformer.h.0.attn.c_proj.weight": 1, "transformer.h.0.mlp.c_fc.weight": 0,
             "transformer.h.0.mlp.c_proj.weight": 1}
-BIASES = [f"transformer.h.0.{part}.bias" for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+BIASES = [f"transformer.h.0.{part}.bias" for part in
+          ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
 
 
 def test_every_parameter_is_pruned_or_dense_as_the_paper_has_it():
@@ -380,7 +384,7 @@ def test_prune_leaves_exactly_k_in_every_matrix_and_each_neuron_its_floor(l0, j)
     """int(l0 * numel) in all; at least j in every row of c_attn and c_fc and every column of both c_proj."""
     model = tiny_model(n_layer=1)
     with torch.no_grad():
-        for name in MATRICES:  # neurons of very different size: without a floor the small ones would lose all
+        for name in MATRICES:  # neurons of very different size: with no floor the small ones would lose all
             w = model.get_parameter(name)
             w *= torch.logspace(-3, 3, w.size(0)).view(-1, 1) * torch.logspace(-3, 3, w.size(1))
     model.prune_(l0, j)
@@ -454,7 +458,8 @@ def test_prune_at_l0_1_changes_nothing():
 
 
 def test_prune_of_tied_embeddings_and_of_positions():
-    """One matrix for embedding and unembedding is pruned once and stays one; positions are pruned like it."""
+    """One matrix for embedding and unembedding is pruned once and stays one; positions are pruned like
+    it."""
     model = tiny_model(tie_embeddings=True, use_positional_embeddings=True)
     model.prune_(0.3)
     wte, wpe = model.transformer.wte.weight, model.transformer.wpe.weight
@@ -463,7 +468,8 @@ def test_prune_of_tied_embeddings_and_of_positions():
 
 
 def test_prune_to_less_than_one_weight_leaves_none():
-    """Without a floor k may be 0 in a small matrix: it is zeroed then, and a bias keeps its largest entry."""
+    """Without a floor k may be 0 in a small matrix: it is zeroed then, and a bias keeps its largest
+    entry."""
     model = tiny_model(n_layer=1)
     model.prune_(1 / 2000, min_weights_per_neuron=0)
     assert all(model.get_parameter(name).count_nonzero() == 0 for name in MATRICES)
@@ -524,7 +530,8 @@ def test_l0_follows_its_formula_and_never_rises(choose, n, a, b, target):
 
 
 def test_lr_at_every_corner(choose):
-    """0 at step 0, the whole rate where warmup ends, then linearly down, to be 0 just after the last step."""
+    """0 at step 0, the whole rate where warmup ends, then linearly down, to be 0 just after the last
+    step."""
     choose(max_iters=100, warmup_fraction=0.1, learning_rate=0.5, decay_lr=True, use_sharkfin_schedule=False)
     assert [train.lr_at(step) for step in (0, 1, 5, 10)] == [0, 0.05, 0.25, 0.5]
     assert train.lr_at(55) == pytest.approx(0.25)
@@ -611,7 +618,8 @@ def test_the_optimizer_is_plain_adam(choose):
 
 @pytest.mark.parametrize("seed", range(16))
 def test_eight_steps_equal_the_plain_recipe(choose, seed):
-    """On random configurations, from gradients to weights: what training calls gives what the method says."""
+    """On random configurations, from gradients to weights: what training calls gives what the method
+    says."""
     rng = random.Random(seed)
     model = random_model(seed)
     j = rng.randint(0, 4)
@@ -816,7 +824,8 @@ def test_the_sink_is_one_more_column_of_the_softmax(queries, keys, dropout_p, lo
 
 @pytest.mark.parametrize("dropout_p", [0.0, 1e-12], ids=["fused on a CPU", "general"])
 def test_attention_with_a_sink_does_not_depend_on_strides(dropout_p):
-    """Views whose last dimension is not the innermost (a sparse product makes such) give what copies give."""
+    """Views whose last dimension is not the innermost (a sparse product makes such) give what copies
+    give."""
     g = torch.Generator().manual_seed(0)
     copies = [torch.randn(2, 3, 6, 4, generator=g, requires_grad=True) for _ in range(3)]
     views = [t.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_() for t in copies]
@@ -1094,7 +1103,8 @@ def test_an_illegal_configuration_is_refused_in_one_sentence(values, words):
 
 
 def test_what_is_left_open_is_filled_in():
-    """d_mlp is four times d_model, heads are d_model / d_head; spaces in the list of locations do no harm."""
+    """d_mlp is four times d_model, heads are d_model / d_head; spaces in the list of locations do no
+    harm."""
     c = GPTConfig(d_model=32, d_head=8, activation_sparsity_locations=" attn_in , mlp_out,")
     assert (c.d_mlp, c.n_head, c.locations) == (128, 4, ["attn_in", "mlp_out"])
     assert GPTConfig(d_model=32, d_head=8, d_mlp=48, n_head=3).d_mlp == 48
@@ -1317,7 +1327,8 @@ def test_importing_train_has_no_side_effects(tmp_path):
 def random_gpt(**changes):
     """A tiny model with no weight at its initial value."""
     torch.manual_seed(1)
-    model = GPT(GPTConfig(**{"n_layer": 2, "d_model": 16, "d_head": 4, "block_size": 8, "vocab_size": 257, **changes}))
+    tiny = {"n_layer": 2, "d_model": 16, "d_head": 4, "block_size": 8, "vocab_size": 257}
+    model = GPT(GPTConfig(**(tiny | changes)))
     with torch.no_grad():
         for p in model.parameters():
             p.normal_()
@@ -1325,7 +1336,8 @@ def random_gpt(**changes):
 
 
 def edit_released(folder, tensors=None, **keys):
-    """Change keys of beeg_config.json (None deletes) and pass the state dict through the function `tensors`."""
+    """Change keys of beeg_config.json (None deletes) and pass the state dict through the function
+    `tensors`."""
     path = folder / "beeg_config.json"
     config = json.loads(path.read_text()) | keys
     path.write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
@@ -1355,27 +1367,31 @@ RELEASED = [
 
 @pytest.mark.parametrize("changes", RELEASED, ids=str)
 def test_a_model_survives_the_released_format(released, changes):
-    """Written and read again it has the same configuration, the same weights bit for bit, the same logits."""
+    """Written and read again it has the same configuration, the same weights bit for bit, the same
+    logits."""
     model, folder = released(**changes)
     again = GPT.from_circuit_sparsity(folder)
     assert again.config == model.config
-    assert again.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
     idx = torch.randint(257, (2, 8))
     assert torch.equal(again(idx)[0], model(idx)[0])
 
 
 @pytest.mark.parametrize("changes", RELEASED, ids=str)
 def test_what_is_written_fits_the_released_loader(released, changes):
-    """It has exactly the configuration keys and tensors that the authors' classes have, of the same shapes."""
+    """It has exactly the configuration keys and tensors that the authors' classes have, of the same
+    shapes."""
     _, folder = released(**changes)
     config = json.loads((folder / "beeg_config.json").read_text())
     assert set(config) == {
-        "block_size", "vocab_size", "n_layer", "n_head", "d_head", "d_model", "dropout", "bias", "ln_bias", "rms_norm",
-        "residual_activation_type", "activation_type", "afrac", "afrac_loctypes", "debug_nans", "tied_unembed",
-        "tokenizer_name", "grad_checkpointing", "d_mlp", "enable_bigram_table", "learnable_bigram_table",
+        "block_size", "vocab_size", "n_layer", "n_head", "d_head", "d_model", "dropout", "bias", "ln_bias",
+        "rms_norm", "residual_activation_type", "activation_type", "afrac", "afrac_loctypes", "debug_nans",
+        "tied_unembed", "tokenizer_name", "grad_checkpointing", "d_mlp", "enable_bigram_table", "learnable_bigram_table",
         "d_pos_emb", "flash", "sink", "bigram_table_rank"}
-    C, V, W, M = config["d_model"], config["vocab_size"], config["n_head"] * config["d_head"], config["d_mlp"]
+    C, V, M = config["d_model"], config["vocab_size"], config["d_mlp"]
+    W = config["n_head"] * config["d_head"]
     shapes = {"transformer.wte.weight": (V, C), "transformer.wpe.weight": (config["block_size"], C),
               "lm_head.weight": (V, C), "final_logits_bias": (V,)}
     if config["enable_bigram_table"]:
@@ -1400,7 +1416,8 @@ def test_what_is_written_fits_the_released_loader(released, changes):
 
 
 def test_older_and_sparser_spellings_are_read(released):
-    """n_mlp for d_mlp, keys left out that have a default, null sizes, no final_logits_bias, a causal mask."""
+    """n_mlp for d_mlp, keys left out that have a default, null sizes, no final_logits_bias, a causal
+    mask."""
     model, folder = released(use_attention_sinks=False, d_mlp=24)
 
     def older(tensors):
@@ -1488,7 +1505,8 @@ def test_a_released_model_that_does_not_fit_is_refused(released, changes, tensor
 
 @pytest.mark.parametrize("name, content, error", [
     ("final_model.pt", b"not a checkpoint", ValueError), ("final_model.pt", None, OSError),
-    ("beeg_config.json", b"{", ValueError), ("beeg_config.json", b"[1]", ValueError), ("beeg_config.json", None, OSError),
+    ("beeg_config.json", b"{", ValueError), ("beeg_config.json", b"[1]", ValueError),
+    ("beeg_config.json", None, OSError),
 ])
 def test_broken_files_of_a_released_model_are_refused(released, name, content, error):
     """A file that is missing is an OSError, one that makes no sense a ValueError."""
@@ -1583,7 +1601,8 @@ def byte_tokenizer(eot, pattern=r"[\s\S]", missing=()):
 @hypothesis_settings(max_examples=15, deadline=None)
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)))
 def test_any_text_survives_the_round_trip_through_bins_and_tokenizer(tokenizer, texts):
-    """Decoding the bins with tokenizer.json alone gives every document back, in order, in one of the bins."""
+    """Decoding the bins with tokenizer.json alone gives every document back, in order, in one of the
+    bins."""
     with tempfile.TemporaryDirectory() as tmp:
         path = corpus(Path(tmp), texts + TEXTS)
         arguments = (f"--dataset={path}", f"--tokenizer={tokenizer}", "--vocab_size=270")
@@ -1627,7 +1646,8 @@ def test_the_trained_tokenizer_sees_training_documents_only(tmp_path):
 
 
 def test_text_that_spells_endoftext_stays_text(tmp_path):
-    """There are as many <|endoftext|> ids as documents, even if a document contains those very characters."""
+    """There are as many <|endoftext|> ids as documents, even if a document contains those very
+    characters."""
     texts = [text + "<|endoftext|>" for text in TEXTS]
     folder = run_prepare(tmp_path, f"--dataset={corpus(tmp_path, texts)}")
     train, val = parts(folder)
