@@ -14,8 +14,8 @@ learning_rate = 1.8e-2  # the best of 1.3e-2, 1.8e-2 and 2.5e-2
 
 batch_size = 16
 gradient_accumulation_steps = 2
-max_iters = 1800
-eval_interval = 450
-eval_iters = 115  # nearly all of val
+max_iters = 2200
+eval_interval = 550
+eval_iters = 60  # half of val
 log_every_n_steps = 10
 compile = False  # at this size the compiler takes longer than it saves
