@@ -5,6 +5,7 @@ training, sampling and preparing call.
 """
 import ast
 import errno
+import fcntl
 import gzip
 import hashlib
 import io
@@ -2433,8 +2434,21 @@ def test_a_new_run_moves_an_old_one_aside(here):
     """Training into an out_dir that holds a run keeps that run's files, byte for byte."""
     assert run("train.py tiny.py") == 0
     before = tree("out")
+    del before["lock"]  # which is the folder's, not the run's
     assert run("train.py tiny.py --seed=2") == 0
     assert tree("out/previous-1") == before
+
+
+def test_two_runs_do_not_share_an_out_dir(here, capsys):
+    """While one run writes there, another ends with one line, and changes nothing; afterwards it may go on."""
+    assert run("train.py tiny.py --max_iters=4") == 0
+    before = tree("out")
+    with open("out/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run("train.py tiny.py --seed=2") == run("train.py --init_from=resume --max_iters=8") == 2
+    assert capsys.readouterr().err.count("error: another run is writing") == 2
+    assert tree("out") == before
+    assert run("train.py --init_from=resume --max_iters=8") == 0
 
 
 @pytest.mark.parametrize("target, losses, best_step", [
