@@ -262,7 +262,7 @@ def bench_prepare(place):
 
 def child(code):
     """What a fresh process prints that runs `code`: a number."""
-    setup = ("import resource, sys, time; begun = time.perf_counter(); import torch, bench, train; "
+    setup = ("import time; begun = time.perf_counter(); import torch, bench, train; "
              f"bench.compile = {compile}; place = train.find_place({device!r}, {dtype!r})\n")
     result = subprocess.run([sys.executable, "-c", setup + code], capture_output=True, text=True, check=True)
     return float(result.stdout.split()[-1])
@@ -270,8 +270,9 @@ def child(code):
 
 def bench_memory(place):
     """Peak memory of a process that makes three steps."""
+    # ru_maxrss would not do: a new process starts it at its parent's
     peak = ("torch.cuda.max_memory_allocated()" if place.device.type == "cuda" else
-            "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024")
+            "1024 * int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
     ours, dense = (child(f"step, _ = bench.step_runner(*bench.sizes(place), kind={kind!r}, place=place)\n"
                          f"for _ in range(3): step()\nprint({peak})") for kind in ("ours", "dense"))
     row("peak memory of the step", ours, ("dense twin", dense), unit="MB", scale=1e-6)
