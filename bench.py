@@ -227,7 +227,6 @@ def bench_sampling(place):
     model = GPT(DEFAULT).to(place.device).eval()
     model.prune_(1 / 64)
     prompt, n = torch.zeros(1, 1, dtype=torch.int64, device=place.device), 100
-    autocast = place.autocast
 
     @torch.no_grad()
     def recompute(n=10):
@@ -239,7 +238,7 @@ def bench_sampling(place):
     def cached():
         model.generate(prompt, n, temperature=0)
 
-    with autocast():
+    with place.autocast():
         again, dense = seconds(recompute, place) / 10, seconds(cached, place) / n
         if place.device.type == "cpu":
             model.use_sparse_kernels_()
@@ -253,7 +252,6 @@ def bench_prepare(place):
     texts = list(prepare.read_documents("train", prepare.Counter()))
     size = sum(len(text.encode()) for text in texts) / 1e6
     with tempfile.TemporaryDirectory() as folder:
-        prepare.name, prepare.data_dir = "python_stdlib", folder
         encoding = prepare.get_encoding()
         ours = seconds(lambda: prepare.write_bins(folder, encoding, prepare.Counter()), place, warmup=1)
     raw = seconds(lambda: encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count()), place, warmup=1)

@@ -607,8 +607,8 @@ class GPT(nn.Module):
         """Replace Linears that are mostly zeros by `SparseLinear`, in place: for sampling, on a CPU."""
         for module in list(self.modules()):
             for name, child in module.named_children():
-                dense = isinstance(child, nn.Linear)
-                if dense and (child.weight != 0).float().mean() < SparseLinear.DENSITY:
+                is_linear = isinstance(child, nn.Linear)
+                if is_linear and (child.weight != 0).float().mean() < SparseLinear.DENSITY:
                     setattr(module, name, SparseLinear(child))
         return self
 

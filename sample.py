@@ -38,19 +38,19 @@ def check_settings():
 
 def load_model():
     """The model to sample from, and its tokenizer."""
-    if init_from == "resume":
-        saved = load_checkpoint(os.path.join(out_dir, checkpoint))
-        model, folder = model_of(saved), out_dir
-    else:
-        model, folder = load_released(init_from), init_from
+    folder = out_dir if init_from == "resume" else init_from
     path = os.path.join(folder, "tokenizer.json")
     try:
         if init_from == "resume":
+            saved = load_checkpoint(os.path.join(out_dir, checkpoint))
+            model = model_of(saved)
             with open(path, "rb") as f:
                 if hashlib.sha256(f.read()).hexdigest() != saved["tokenizer_sha256"]:
                     raise ValueError(f"{path} is not the one that the model was trained with")
-        if init_from != "resume" and not os.path.exists(path):  # released models name a tiktoken encoding
-            return model, tiktoken.get_encoding(model.tokenizer_name)
+        else:
+            model = load_released(init_from)
+            if not os.path.exists(path):  # released models name a tiktoken encoding
+                return model, tiktoken.get_encoding(model.tokenizer_name)
         return model, load_tokenizer(path)
     except (OSError, ValueError) as e:
         fail(f"no tokenizer for {folder} ({e}): copy the tokenizer.json of the model's data to {path}")
