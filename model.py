@@ -24,10 +24,10 @@ from torch import nn
 # the k largest: what activations and weights are both sparsified by
 
 SAME_SIZE_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size in bytes
-workers = ThreadPoolExecutor(torch.get_num_threads())  # for numpy's partition, which keeps to one thread
+workers = ThreadPoolExecutor(torch.get_num_threads())  # for numpy, which keeps to the thread it is called in
 
 
-def largest_by_topk(x: torch.Tensor, k: int) -> torch.Tensor:
+def largest_by_topk(x, k):
     """Mask, bool (..., n), of the k >= 1 entries of x (..., n) of largest magnitude in the last dimension.
 
     Exactly k entries are kept, the lower index first among equals: bfloat16 and ReLU make many.
@@ -39,31 +39,80 @@ def largest_by_topk(x: torch.Tensor, k: int) -> torch.Tensor:
     return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= k - above.sum(-1, keepdim=True)))
 
 
-def largest_by_partition(x, k):
-    """The same on a CPU, where numpy's partition is an order of magnitude faster than torch.topk."""
-    n = x.size(-1)
-    rows = x.view(SAME_SIZE_INT[x.itemsize]).view(-1, n).numpy()
-    mask = np.empty(rows.shape, bool)
-    chunk = max(1, 65536 // n)  # rows at a time, so that they stay in a core's cache
-
-    def select(start):
-        bits = rows[start:start + chunk] & np.iinfo(rows.dtype).max  # |x|, as above
-        kept = mask[start:start + chunk]
-        kth = np.partition(bits, n - k, axis=1)[:, n - k, None]
-        np.greater_equal(bits, kth, out=kept)
-        if np.count_nonzero(kept) > k * len(bits):  # equals
-            above, equal = bits > kth, bits == kth
-            room = k - np.count_nonzero(above, axis=1, keepdims=True)
-            np.logical_or(above, equal & (np.cumsum(equal, axis=1, dtype=np.int32) <= room), out=kept)
-
-    list(workers.map(select, range(0, len(rows), chunk)))
-    return torch.from_numpy(mask).view(x.shape)
+def largest_by_partition(bits, k):
+    """The same of numpy's `bits` (rows, n), magnitudes as integers: on a CPU far faster than torch.topk."""
+    n = bits.shape[1]
+    kth = np.partition(bits, n - k, axis=1)[:, n - k, None]
+    mask = bits >= kth
+    if np.count_nonzero(mask) > k * len(bits):  # equals
+        above, equal = bits > kth, bits == kth
+        room = k - np.count_nonzero(above, axis=1, keepdims=True)
+        mask = above | (equal & (np.cumsum(equal, axis=1, dtype=np.int32) <= room))
+    return mask
 
 
-# one operator, which torch.compile does not look into
-keep_largest = torch.library.custom_op("weight_sparse::keep_largest", largest_by_topk, mutates_args=())
-keep_largest.register_kernel("cpu", largest_by_partition)
-keep_largest.register_fake(lambda x, k: torch.empty_like(x, dtype=torch.bool))
+def over_rows(f, x):
+    """Call f(rows) for slices of the rows of x (rows, n) that fit a core's cache, on all cores."""
+    size = max(1, 2**18 // x.shape[1])
+    slices = [slice(start, start + size) for start in range(0, len(x), size)]
+    list(workers.map(f, slices) if len(slices) > 1 else map(f, slices))
+
+
+def keep_largest(x, k):
+    """x (..., n) with all but the k largest entries of the last dimension zeroed, and their mask."""
+    mask = largest_by_topk(x, k)
+    return torch.where(mask, x, 0.0), mask
+
+
+def keep_largest_on_cpu(x, k):
+    x_np = x.view(SAME_SIZE_INT[x.itemsize]).view(-1, x.size(-1)).numpy()
+    kept, mask = np.empty_like(x_np), np.empty(x_np.shape, bool)
+
+    def keep(rows):
+        mask[rows] = largest_by_partition(x_np[rows] & np.iinfo(x_np.dtype).max, k)
+        np.multiply(x_np[rows], mask[rows], out=kept[rows])
+
+    over_rows(keep, x_np)
+    return torch.from_numpy(kept).view(x.dtype).view(x.shape), torch.from_numpy(mask).view(x.shape)
+
+
+def zero_where_not(mask, x):
+    return torch.where(mask, x, 0.0)
+
+
+def zero_where_not_on_cpu(mask, x):
+    x_np = x.view(SAME_SIZE_INT[x.itemsize]).view(-1, x.size(-1)).numpy()
+    mask, kept = mask.view(x_np.shape).numpy(), np.empty_like(x_np)
+    over_rows(lambda rows: np.multiply(x_np[rows], mask[rows], out=kept[rows]), x_np)
+    return torch.from_numpy(kept).view(x.dtype).view(x.shape)
+
+
+# Operators that torch.compile does not look into: its own code for boolean masks is slow on a CPU.
+for schema, anywhere, on_cpu, shapes in (
+    ("keep_largest(Tensor x, int k) -> (Tensor, Tensor)", keep_largest, keep_largest_on_cpu,
+     lambda x, k: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool))),
+    ("zero_where_not(Tensor mask, Tensor x) -> Tensor", zero_where_not, zero_where_not_on_cpu,
+     lambda mask, x: torch.empty_like(x)),
+):
+    name = "weight_sparse::" + schema.split("(")[0]
+    torch.library.define(name, schema[schema.index("("):])
+    torch.library.impl(name, "default", anywhere)
+    torch.library.impl(name, "cpu", on_cpu)
+    torch.library.register_fake(name, shapes)
+
+
+class KeepLargest(torch.autograd.Function):
+    """`keep_largest` with its gradient, which is zero where the output was made zero."""
+
+    @staticmethod
+    def forward(ctx, x, k):
+        kept, mask = torch.ops.weight_sparse.keep_largest.default(x, k)
+        ctx.save_for_backward(mask)
+        return kept
+
+    @staticmethod
+    def backward(ctx, dy):
+        return torch.ops.weight_sparse.zero_where_not.default(ctx.saved_tensors[0], dy.contiguous()), None
 
 
 def abs_topk(x, k):
@@ -74,7 +123,30 @@ def abs_topk(x, k):
     """
     if not 1 <= k <= x.size(-1):
         raise ValueError(f"abs_topk keeps between 1 and {x.size(-1)} entries here, not {k}")
-    return x * keep_largest(x.detach().contiguous(), k)
+    return KeepLargest.apply(x.contiguous(), k)
+
+
+def prune_by_topk_(p, k, j, neuron_dim):
+    """Zero all but the k >= 1 entries of p of largest magnitude, the j largest of each neuron among them.
+
+    Neurons are the rows of p if neuron_dim is 0, its columns if 1. Ties as above.
+    """
+    magnitude = p.abs()
+    if j:
+        neurons = magnitude.transpose(0, neuron_dim).contiguous()  # (neurons, weights of each)
+        magnitude.masked_fill_(largest_by_topk(neurons, j).transpose(0, neuron_dim), torch.inf)
+    p.masked_fill_(~largest_by_topk(magnitude.flatten(), k).view_as(p), 0.0)
+
+
+def prune_by_partition_(p, k, j, neuron_dim):
+    """The same on a CPU."""
+    weights = p.view(SAME_SIZE_INT[p.itemsize]).numpy()
+    largest = np.iinfo(weights.dtype).max
+    bits = weights & largest
+    if j:
+        neurons = torch.from_numpy(bits).transpose(0, neuron_dim).contiguous().numpy()
+        bits.swapaxes(0, neuron_dim)[largest_by_partition(neurons, j)] = largest
+    weights *= largest_by_partition(bits.reshape(1, -1), k).reshape(bits.shape)
 
 
 class AbsTopK(nn.Module):
@@ -292,14 +364,18 @@ class SparseLinear(nn.Module):
 
     def __init__(self, linear):
         super().__init__()
+        weight = linear.weight.detach()
         with warnings.catch_warnings(action="ignore"):  # that this kind of tensor is in beta
-            self.weight = linear.weight.detach().to_sparse_csr()
+            csr = weight.to_sparse_csr()
+            self.weight = torch.sparse_csr_tensor(  # the product takes int32 indices: anew in every call, if not
+                csr.crow_indices().int(), csr.col_indices().int(), csr.values(), weight.shape)
         self.bias = linear.bias
 
     def forward(self, x):
+        columns = x.reshape(-1, x.size(-1)).T.to(self.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            y = self.weight @ x.reshape(-1, x.size(-1)).T.to(self.weight.dtype)
-        y = y.T.reshape(*x.shape[:-1], -1).contiguous()
+            y = self.weight @ columns.squeeze(1)  # a vector, where it is one, has a faster kernel
+        y = y.view(self.weight.size(0), -1).T.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
@@ -485,23 +561,23 @@ class GPT(nn.Module):
         rank, and count among them. Biases keep max(1, int(l0_fraction * numel)) entries, or all without
         `sparsify_biases`. Raises ValueError if the neurons' minimum does not fit.
         """
+        tensors = []
         for name, p, neuron_dim in self.sparse_parameters():
             is_bias = p.ndim == 1
             k = max(int(l0_fraction * p.numel()), 1 if is_bias else 0)
             if k == p.numel() or (is_bias and not sparsify_biases):
                 continue
-            magnitude = p.abs()
-            if neuron_dim is not None and min_weights_per_neuron:
-                neurons = magnitude.transpose(0, neuron_dim).contiguous()  # (neurons, weights of each)
-                j = min(min_weights_per_neuron, neurons.size(1))
-                if j * neurons.size(0) > k:
-                    raise ValueError(f"an L0 fraction of {l0_fraction:.6g} leaves {name} {k} weights, fewer "
-                                     f"than {j} for each of its {neurons.size(0)} neurons")
-                magnitude.masked_fill_(keep_largest(neurons, j).transpose(0, neuron_dim), torch.inf)
+            j = 0 if neuron_dim is None else min(min_weights_per_neuron, p.size(1 - neuron_dim))
+            if j and j * p.size(neuron_dim) > k:
+                raise ValueError(f"an L0 fraction of {l0_fraction:.6g} leaves {name} {k} weights, fewer "
+                                 f"than {j} for each of its {p.size(neuron_dim)} neurons")
             if k == 0:
                 p.zero_()
             else:
-                p.masked_fill_(~keep_largest(magnitude.flatten(), k).view_as(p), 0.0)
+                tensors.append((p.detach(), k, j, neuron_dim))
+        on_cpu = self.lm_head.weight.device.type == "cpu"
+        list(workers.map(prune_by_partition_, *zip(*tensors, strict=True)) if on_cpu else
+             map(prune_by_topk_, *zip(*tensors, strict=True)))
 
     # ---- the format of github.com/openai/circuit_sparsity
 

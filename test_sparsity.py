@@ -48,7 +48,12 @@ from model import (
     SparseLinear,
     abs_topk,
     keep_largest,
+    keep_largest_on_cpu,
+    prune_by_partition_,
+    prune_by_topk_,
     sink_attention,
+    zero_where_not,
+    zero_where_not_on_cpu,
 )
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when `datasets` is first imported: look-ups fail at once
@@ -302,11 +307,30 @@ def test_abs_topk_keeps_exactly_the_k_largest_lower_index_first(table, dtype, da
 @given(tables, st.sampled_from(DTYPES), st.data())
 def test_both_kernels_choose_the_same_entries(table, dtype, data):
     """The kernel for CPUs and the one for all other devices both agree with a sort."""
-    magnitude = torch.tensor(table, dtype=dtype).abs()
-    k = data.draw(st.integers(1, magnitude.size(1)))
-    expected = plain_mask(magnitude, k)
-    assert torch.equal(keep_largest(magnitude, k), expected)
-    assert torch.equal(keep_largest._init_fn(magnitude, k), expected)
+    x = torch.tensor(table, dtype=dtype)
+    k = data.draw(st.integers(1, x.size(1)))
+    expected = plain_mask(x, k)
+    for kernel in (keep_largest, keep_largest_on_cpu):
+        kept, mask = kernel(x, k)
+        assert torch.equal(mask, expected)
+        assert torch.equal(kept, x * expected)
+    for kernel in (zero_where_not, zero_where_not_on_cpu):
+        assert torch.equal(kernel(expected, x), x * expected)
+
+
+@few
+@given(tables, st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), st.data())
+def test_both_kernels_prune_alike(table, dtype, data):
+    """With and without a floor for rows or columns: the one for CPUs, the other one, and a sort agree."""
+    p = torch.tensor(table, dtype=dtype)
+    neuron_dim = data.draw(st.sampled_from([None, 0, 1]))
+    j = 0 if neuron_dim is None else data.draw(st.integers(0, p.size(1 - neuron_dim)))
+    k = data.draw(st.integers(max(1, j * p.size(neuron_dim or 0)), p.numel()))
+    expected = torch.from_numpy(plain_prune(p.double().numpy(), k, neuron_dim, j)).to(dtype)
+    for kernel in (prune_by_topk_, prune_by_partition_):
+        pruned = p.clone()
+        kernel(pruned, k, j, neuron_dim)
+        assert torch.equal(pruned, expected), kernel.__name__
 
 
 @pytest.mark.parametrize("shape", [(3, 70_000), (2000, 100), (5, 1, 7, 33)])
