@@ -24,7 +24,6 @@ from torch import nn
 # the k largest: what activations and weights are both sparsified by
 
 SAME_SIZE_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size in bytes
-workers = ThreadPoolExecutor(torch.get_num_threads())  # for numpy, which keeps to the thread it is called in
 
 
 def largest_by_topk(x, k):
@@ -51,20 +50,31 @@ def largest_by_partition(bits, k):
     return mask
 
 
+def start_workers():
+    """Threads for numpy, which keeps to the one it is called in. They do not survive a fork."""
+    global workers
+    workers = ThreadPoolExecutor(torch.get_num_threads())
+
+
+start_workers()
+os.register_at_fork(after_in_child=start_workers)
+
+
 def over_rows(f, x):
-    """Call f(rows) for slices of the rows of x (rows, n) that fit a core's cache, on all cores."""
-    size = max(1, 2**18 // x.shape[1])
+    """Call f(slice) for slices of the rows of x (rows, n), on all cores if there is enough for each to do."""
+    share = -(-len(x) // torch.get_num_threads())
+    size = max(1, 2**16 // x.shape[1], min(share, 2**18 // x.shape[1]))
     slices = [slice(start, start + size) for start in range(0, len(x), size)]
     list(workers.map(f, slices) if len(slices) > 1 else map(f, slices))
 
 
-def keep_largest(x, k):
-    """x (..., n) with all but the k largest entries of the last dimension zeroed, and their mask."""
-    mask = largest_by_topk(x, k)
-    return torch.where(mask, x, 0.0), mask
+# On a CPU, `abs_topk` and its gradient are operators of our own. torch.compile does not look into them: there
+# is nothing to fuse with a partition, and the code that it makes for bool masks is slow.
 
 
-def keep_largest_on_cpu(x, k):
+@torch.library.custom_op("weight_sparse::keep_largest", mutates_args=(), device_types="cpu")
+def keep_largest(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (..., n), contiguous, with all but the k largest entries of each row zeroed, and their mask."""
     x_np = x.view(SAME_SIZE_INT[x.itemsize]).view(-1, x.size(-1)).numpy()
     kept, mask = np.empty_like(x_np), np.empty(x_np.shape, bool)
 
@@ -76,43 +86,23 @@ def keep_largest_on_cpu(x, k):
     return torch.from_numpy(kept).view(x.dtype).view(x.shape), torch.from_numpy(mask).view(x.shape)
 
 
-def zero_where_not(mask, x):
-    return torch.where(mask, x, 0.0)
-
-
-def zero_where_not_on_cpu(mask, x):
+@torch.library.custom_op("weight_sparse::zero_where_not", mutates_args=(), device_types="cpu")
+def zero_where_not(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """x, contiguous, with zeros where `mask`, bool of the same shape, is false."""
     x_np = x.view(SAME_SIZE_INT[x.itemsize]).view(-1, x.size(-1)).numpy()
     mask, kept = mask.view(x_np.shape).numpy(), np.empty_like(x_np)
     over_rows(lambda rows: np.multiply(x_np[rows], mask[rows], out=kept[rows]), x_np)
     return torch.from_numpy(kept).view(x.dtype).view(x.shape)
 
 
-# Operators that torch.compile does not look into: its own code for boolean masks is slow on a CPU.
-for schema, anywhere, on_cpu, shapes in (
-    ("keep_largest(Tensor x, int k) -> (Tensor, Tensor)", keep_largest, keep_largest_on_cpu,
-     lambda x, k: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool))),
-    ("zero_where_not(Tensor mask, Tensor x) -> Tensor", zero_where_not, zero_where_not_on_cpu,
-     lambda mask, x: torch.empty_like(x)),
-):
-    name = "weight_sparse::" + schema.split("(")[0]
-    torch.library.define(name, schema[schema.index("("):])
-    torch.library.impl(name, "default", anywhere)
-    torch.library.impl(name, "cpu", on_cpu)
-    torch.library.register_fake(name, shapes)
-
-
-class KeepLargest(torch.autograd.Function):
-    """`keep_largest` with its gradient, which is zero where the output was made zero."""
-
-    @staticmethod
-    def forward(ctx, x, k):
-        kept, mask = torch.ops.weight_sparse.keep_largest.default(x, k)
-        ctx.save_for_backward(mask)
-        return kept
-
-    @staticmethod
-    def backward(ctx, dy):
-        return torch.ops.weight_sparse.zero_where_not.default(ctx.saved_tensors[0], dy.contiguous()), None
+keep_largest.register_fake(lambda x, k: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)))
+zero_where_not.register_fake(lambda mask, x: torch.empty_like(x))
+keep_largest.register_autograd(  # the gradient is zero where the output was made zero
+    lambda ctx, dy, _: (zero_where_not(ctx.saved_tensors[0], dy.contiguous()), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output[1]))
+zero_where_not.register_autograd(
+    lambda ctx, dy: (None, zero_where_not(ctx.saved_tensors[0], dy.contiguous())),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]))
 
 
 def abs_topk(x, k):
@@ -123,7 +113,9 @@ def abs_topk(x, k):
     """
     if not 1 <= k <= x.size(-1):
         raise ValueError(f"abs_topk keeps between 1 and {x.size(-1)} entries here, not {k}")
-    return KeepLargest.apply(x.contiguous(), k)
+    if x.device.type == "cpu":
+        return keep_largest(x.contiguous(), k)[0]
+    return torch.where(largest_by_topk(x.detach(), k), x, 0.0)
 
 
 def prune_by_topk_(p, k, j, neuron_dim):
@@ -144,9 +136,10 @@ def prune_by_partition_(p, k, j, neuron_dim):
     largest = np.iinfo(weights.dtype).max
     bits = weights & largest
     if j:
-        neurons = torch.from_numpy(bits).transpose(0, neuron_dim).contiguous().numpy()
-        bits.swapaxes(0, neuron_dim)[largest_by_partition(neurons, j)] = largest
+        neurons = torch.from_numpy(bits).transpose(0, neuron_dim).contiguous()  # numpy transposes slowly
+        bits.swapaxes(0, neuron_dim)[largest_by_partition(neurons.numpy(), j)] = largest
     weights *= largest_by_partition(bits.reshape(1, -1), k).reshape(bits.shape)
+    torch.autograd.graph.increment_version(p)  # as PyTorch's own in-place operators do
 
 
 class AbsTopK(nn.Module):
@@ -373,9 +366,11 @@ class SparseLinear(nn.Module):
 
     def forward(self, x):
         columns = x.reshape(-1, x.size(-1)).T.to(self.weight.dtype)
+        if torch.backends.mkl.is_available():
+            columns = columns.squeeze(1)  # a vector, if it is one, for which MKL has a faster product
         with torch.autocast(x.device.type, enabled=False):
-            y = self.weight @ columns.squeeze(1)  # a vector, where it is one, has a faster kernel
-        y = y.view(self.weight.size(0), -1).T.reshape(*x.shape[:-1], -1)
+            y = self.weight @ columns
+        y = y.view(self.weight.size(0), -1).T.reshape(*x.shape[:-1], -1).contiguous()
         return y if self.bias is None else y + self.bias
 
 
@@ -575,9 +570,11 @@ class GPT(nn.Module):
                 p.zero_()
             else:
                 tensors.append((p.detach(), k, j, neuron_dim))
-        on_cpu = self.lm_head.weight.device.type == "cpu"
-        list(workers.map(prune_by_partition_, *zip(*tensors, strict=True)) if on_cpu else
-             map(prune_by_topk_, *zip(*tensors, strict=True)))
+        if all(p.device.type == "cpu" for p, *_ in tensors):
+            list(workers.map(lambda tensor: prune_by_partition_(*tensor), tensors))
+        else:
+            for tensor in tensors:
+                prune_by_topk_(*tensor)
 
     # ---- the format of github.com/openai/circuit_sparsity
 
