@@ -365,12 +365,13 @@ class SparseLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x):
-        columns = x.reshape(-1, x.size(-1)).T.to(self.weight.dtype)
-        if torch.backends.mkl.is_available():
-            columns = columns.squeeze(1)  # a vector, if it is one, for which MKL has a faster product
+        rows = x.reshape(-1, x.size(-1)).to(self.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            y = self.weight @ columns
-        y = y.view(self.weight.size(0), -1).T.reshape(*x.shape[:-1], -1).contiguous()
+            if len(rows) == 1 and torch.backends.mkl.is_available():
+                y = self.weight @ rows[0]  # MKL's product with a vector is the faster
+            else:
+                y = (self.weight @ rows.T).T
+        y = y.reshape(*x.shape[:-1], -1).contiguous()
         return y if self.bias is None else y + self.bias
 
 
