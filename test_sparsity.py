@@ -41,6 +41,8 @@ import prepare
 import sample
 import train
 from configurator import configure, settings_of
+from experiments import look_inside
+from experiments import run as experiments
 from model import (
     GPT,
     LOCATIONS,
@@ -3432,3 +3434,90 @@ def test_a_flag_is_read_as_its_type_or_refused(key, text):
     else:
         assert [type(v) for v in settings.values()] == [bool, int, float, str]
         assert key == "name" and settings["name"] == text or key in ("flag", "number", "rate")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# experiments/
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """A folder for the CSV, and runs that take no time: the list that they are appended to.
+
+    The best learning rate is 0.02, or a quarter of it with --eps=9.
+    """
+    trained = []
+
+    def train_one(flags, rate, seed):
+        trained.append((flags, rate, seed))
+        loss = abs(math.log(rate / (0.005 if "eps" in flags else 0.02))) + seed + ("eps" in flags)
+        return dict.fromkeys(experiments.COLUMNS[3:], 0) | {"val_loss": loss, "nonzero": 9}
+
+    monkeypatch.setattr(experiments, "PATH", str(tmp_path / "runs.csv"))
+    monkeypatch.setattr(experiments, "train_one", train_one)
+    monkeypatch.setattr(experiments, "jobs", 2)
+    monkeypatch.setattr(experiments, "image", str(tmp_path / "figure.png"))
+    monkeypatch.setattr(experiments, "ABLATIONS", [
+        experiments.Row("base"), experiments.Row("eps 9", "--eps=9.0", (0.25, 0.5, 1), "nothing")])
+    return trained
+
+
+def test_ablations_are_run_once_at_the_best_of_their_rates(recorded, capsys):
+    """Three seeds each, the changes paired by seed; what a CSV holds is not run again."""
+    experiments.run_ablations(experiments.Runs())
+    rates = {seed: {rate for flags, rate, s in recorded if not flags and s == seed} for seed in (1, 2, 3)}
+    assert rates == {1: {0.009, 0.018, 0.036}, 2: {0.018}, 3: {0.018}}
+    assert sorted(run[1:] for run in recorded if run[0]) == [
+        (0.0045, 1), (0.0045, 2), (0.0045, 3), (0.009, 1), (0.018, 1)]
+    before = len(recorded)
+    runs = experiments.Runs()
+    experiments.run_ablations(runs)
+    assert len(recorded) == before
+    experiments.print_ablations(runs)
+    assert "| eps 9 | `--eps=9.0` | 0.0045 | +1.000 ± 0.000 | 3 | 0 | nothing |" in capsys.readouterr().out
+
+
+def test_the_best_rate_lies_between_two_others(recorded):
+    """However far from the start it is."""
+    runs = experiments.Runs()
+    experiments.tune(runs, ["", "--eps=9.0"])
+    assert runs.best_rate("--eps=9.0") == 0.0045
+    assert {rate for flags, rate, _ in recorded if flags} == {0.00225, 0.0045, 0.009, 0.018, 0.036}
+
+
+def test_the_scaling_runs_fit_and_are_drawn(recorded, tmp_path):
+    """All models of the figure can be built at their L0, and all seeds are run at their width's rate."""
+    runs = experiments.Runs()
+    experiments.run_scaling(runs)
+    models = {flags for flags, _, _ in recorded}
+    assert len(models) == sum(len(experiments.sparse_models(d)) for d in experiments.WIDTHS) + 4
+    assert all({(flags, 0.018, seed) for seed in (1, 2, 3)} <= set(recorded) for flags in models)
+    experiments.draw_scaling(runs)
+    assert (tmp_path / "figure.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_an_experiment_trains(prepared, monkeypatch):
+    """What is recorded is what train.py logged last."""
+    monkeypatch.chdir(Path(train.__file__).parent)
+    flags = (f"--dataset={prepared}/data/tiny --max_iters=3 --d_model=16 --d_head=8 --block_size=8 "
+             "--target_l0_fraction=1/2 --eval_iters=2 --eval_interval=2")
+    record = experiments.train_one(flags, 0.01, 1)
+    assert record.keys() == set(experiments.COLUMNS[3:])
+    assert 4 < float(record["val_loss"]) < 6 and record["dead_neurons"] == 0 and record["nonzero"] > 0
+
+
+def test_a_look_inside(trained, tmp_path, monkeypatch):
+    """The figure shows, of each site of each block, the node that writes most, with its own weights."""
+    monkeypatch.chdir(shutil.copytree(trained, tmp_path / "here"))
+    saved = train.load_checkpoint("out/ckpt.pt")
+    model = train.model_of(saved)
+    idx = some_tokens(3, saved["config"]["block_size"])
+    for nodes, block in zip(look_inside.measure(model, idx)[1::2], model.transformer.h, strict=True):
+        strength = nodes.activations.abs().mean((0, 1)) * block.mlp.c_proj.weight.norm(dim=0)
+        assert nodes.strongest() == strength.argmax()
+        assert torch.equal(nodes.reads, block.mlp.c_fc.weight * block.ln_2.weight)
+    monkeypatch.setattr(look_inside, "image", "inside.png")
+    monkeypatch.setattr(sys, "argv", ["look_inside"])
+    look_inside.main()
+    assert Path("inside.png").stat().st_size > 0

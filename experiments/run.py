@@ -1,12 +1,12 @@
 """Train the models behind the README's ablation table and scaling figure, one CSV row each.
 
     python prepare.py --vocab_size=512 --name=python_stdlib_512
-    python -m experiments.run                      # whatever experiments/runs.csv lacks, then the tables
-    python -m experiments.run --only=sink          # of the rows whose name contains this
-    python -m experiments.run --jobs=0             # nothing: only print the tables
+    python -m experiments.run                      # what experiments/runs.csv lacks, then table and figure
+    python -m experiments.run --only=sink          # only ablations whose name contains this
+    python -m experiments.run --jobs=0             # run nothing: table and figure of what is recorded
 
 A run is train.py with experiments/tiny.py and the flags of its row, on one core. It can be stopped and
-started again: rows that are recorded are not run twice. To have one's own ablation in the table, add a line.
+started again: rows that are recorded are not run twice. To have your own ablation in the table, add a line.
 """
 import csv
 import json
@@ -22,13 +22,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from configurator import configure
+from model import GPT, GPTConfig
 
-only = ""  # run the rows whose name contains this; '': all
+only = ""  # run the ablations whose name contains this; '': all, and the models of the scaling figure
 jobs = os.cpu_count() or 1  # runs at a time, a core each
+image = "assets/scaling.png"
 
 PATH = os.path.join(os.path.dirname(__file__), "runs.csv")
 SEEDS = (1, 2, 3)
-RATES = (0.9e-2, 1.8e-2, 3.6e-2, 7.2e-2)  # the grid for a new width
 COLUMNS = ("flags", "learning_rate", "seed", "val_loss", "bits_per_byte", "nonzero", "dead_neurons",
            "kurtosis", "seconds")
 
@@ -88,20 +89,28 @@ class Runs:
         self.lock, self.rows = threading.Lock(), {}
         if os.path.exists(PATH):
             with open(PATH, encoding="utf-8", newline="") as f:
-                for record in csv.DictReader(f):
-                    self.rows[self.key(record["flags"], float(record["learning_rate"]),
-                                       int(record["seed"]))] = record
+                for row in csv.DictReader(f):
+                    self.rows[row["flags"], float(row["learning_rate"]), int(row["seed"])] = row
 
-    @staticmethod
-    def key(flags, rate, seed):
-        return flags, f"{rate:.4g}", seed
+    def best_rate(self, flags):
+        """The learning rate with the least loss at the first seed."""
+        return min((float(row["val_loss"]), rate) for (f, rate, seed), row in self.rows.items()
+                   if f == flags and seed == SEEDS[0])[1]
 
-    def loss(self, flags, rate, seed):
-        record = self.rows.get(self.key(flags, rate, seed))
-        return float(record["val_loss"]) if record else None
+    def values(self, flags, column):
+        """A column of the runs at the best learning rate, in the order of SEEDS, as floats."""
+        if not any(f == flags and seed == SEEDS[0] for f, _, seed in self.rows):
+            return []
+        found = [self.rows.get((flags, self.best_rate(flags), seed)) for seed in SEEDS]
+        return [float(row[column] or 0) for row in found if row]
+
+    def losses(self, flags):
+        """Val loss by seed, at the best learning rate."""
+        seeds = [int(seed) for seed in self.values(flags, "seed")]
+        return dict(zip(seeds, self.values(flags, "val_loss"), strict=True))
 
     def add(self, flags, rate, seed, record):
-        record = {"flags": flags, "learning_rate": f"{rate:.4g}", "seed": seed, **record}
+        record = {"flags": flags, "learning_rate": rate, "seed": seed, **record}
         with self.lock:
             is_new = not os.path.exists(PATH)
             with open(PATH, "a", encoding="utf-8", newline="") as f:
@@ -109,7 +118,7 @@ class Runs:
                 if is_new:
                     writer.writeheader()
                 writer.writerow(record)
-            self.rows[self.key(flags, rate, seed)] = record
+            self.rows[flags, rate, seed] = record
             print(f"{record['val_loss']:>8} | lr {rate:.4g} | seed {seed} | {record['seconds']:>4} s | {flags}",
                   flush=True)
 
@@ -136,60 +145,127 @@ def train_one(flags, rate, seed):
             "kurtosis": f"{last['activations/kurtosis_resid_final']:.1f}", "seconds": seconds}
 
 
-def best_rate(runs, flags, rates):
-    """The rate with the least loss at the first seed, or None if one has not been run."""
-    losses = [runs.loss(flags, rate, SEEDS[0]) for rate in rates]
-    return None if None in losses else rates[int(np.argmin(losses))]
-
-
 def run_missing(runs, wanted):
     """Train all of `wanted`, a list of (flags, rate, seed), that is not recorded."""
-    missing = [w for w in dict.fromkeys(wanted) if runs.loss(*w) is None]
+    wanted = [(flags, float(f"{rate:.4g}"), seed) for flags, rate, seed in wanted]
+    missing = [w for w in dict.fromkeys(wanted) if w not in runs.rows]
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda w: runs.add(*w, train_one(*w)), missing))
+
+
+def tune(runs, models):
+    """Double and halve the learning rate of each of `models`, flags, until the best is between two others."""
+    grids = {flags: {1.8e-2, 3.6e-2} for flags in models}
+    while True:
+        run_missing(runs, [(flags, rate, SEEDS[0]) for flags, grid in grids.items() for rate in sorted(grid)])
+        sizes = [len(grid) for grid in grids.values()]
+        for flags, grid in grids.items():
+            best = runs.best_rate(flags)
+            if best in (min(grid), max(grid)):
+                grid.add(best / 2 if best == min(grid) else best * 2)
+        if sizes == [len(grid) for grid in grids.values()]:
+            return
 
 
 # ----------------------------------------------------------------------------------------------------------
 # the ablations
 
 
-def ablations(runs):
-    """Choose the base's learning rate on a grid, each ablation's on its own, then run all seeds."""
+def run_ablations(runs):
+    """Tune the base's learning rate, choose each ablation's among its multiples, then run all seeds."""
+    tune(runs, [""])
     rows = [row for row in ABLATIONS if only in row.name]
-    if jobs:
-        run_missing(runs, [("", rate, SEEDS[0]) for rate in RATES])
-    base_rate = best_rate(runs, "", RATES)
-    if jobs:
-        run_missing(runs, [("", base_rate, seed) for seed in SEEDS])
-        run_missing(runs, [(row.flags, base_rate * m, SEEDS[0]) for row in rows for m in row.multiples])
-        chosen = [(row, best_rate(runs, row.flags, [base_rate * m for m in row.multiples])) for row in rows]
-        run_missing(runs, [(row.flags, rate, seed) for seed in SEEDS for row, rate in chosen])
-    print_ablations(runs, base_rate)
+    run_missing(runs, [("", runs.best_rate(""), seed) for seed in SEEDS])
+    run_missing(runs, [(row.flags, runs.best_rate("") * m, SEEDS[0]) for row in rows for m in row.multiples])
+    run_missing(runs, [(row.flags, runs.best_rate(row.flags), seed) for seed in SEEDS for row in rows])
 
 
-def print_ablations(runs, base_rate):
+def print_ablations(runs):
     """The table as Markdown: the change in val loss from the base, paired by seed."""
-    base = np.array([runs.loss("", base_rate, seed) or np.nan for seed in SEEDS])
-    print(f"base: learning rate {base_rate:.4g}, val loss {base.mean():.4f} +- {base.std(ddof=1):.4f}\n")
+    base = runs.losses("")
+    print(f"base: learning rate {runs.best_rate(''):.2g}, {describe(base.values())}\n")
     print("| ablation | flag | learning rate | change in val loss | n | dead neurons | the paper |")
     print("|---|---|---|---|---|---|---|")
     for row in ABLATIONS[1:]:
-        rate = best_rate(runs, row.flags, [base_rate * m for m in row.multiples])
-        if rate is None:
-            continue
-        losses = [runs.loss(row.flags, rate, seed) for seed in SEEDS]
-        change = np.array([x - b for x, b in zip(losses, base, strict=True) if x is not None])
-        spread = f" +- {change.std(ddof=1):.3f}" if len(change) > 1 else ""
-        dead = [int(runs.rows[runs.key(row.flags, rate, seed)]["dead_neurons"] or 0)
-                for seed, x in zip(SEEDS, losses, strict=True) if x is not None]
-        print(f"| {row.name} | `{row.flags}` | {rate:.2g} | {change.mean():+.3f}{spread} | {len(change)} | "
-              f"{np.mean(dead):.0f} | {row.paper} |")
+        changes = [loss - base[seed] for seed, loss in runs.losses(row.flags).items() if seed in base]
+        if changes:
+            dead = np.mean(runs.values(row.flags, "dead_neurons"))
+            print(f"| {row.name} | `{row.flags}` | {runs.best_rate(row.flags):.2g} | {describe(changes, '+')} | "
+                  f"{len(changes)} | {dead:.0f} | {row.paper} |")
+
+
+def describe(values, sign=""):
+    """Mean and standard deviation of some losses."""
+    values = np.array(list(values))
+    spread = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{values.mean():{sign}.3f}{spread}"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the scaling figure: wider and sparser, at a fixed number of nonzero weights
+
+WIDTHS = (64, 128, 320)  # d_model: 17-fold in parameters
+LEVELS = (20_000, 40_000, 80_000, 160_000, 320_000)  # nonzero weights
+DENSE_WIDTHS = (16, 32, 64, 96)
+DENSE_FLAGS = "--target_l0_fraction=1.0 --activation_topk_fraction=1.0"
+TUNED_AT = 80_000  # nonzero weights, for all levels of a width
+
+
+def sparse_models(d_model):
+    """Flags of the models of a width, by their number of nonzero weights."""
+    model = GPT(GPTConfig(n_layer=2, d_model=d_model, vocab_size=512, use_bigram_table=False))
+    total = sum(p.numel() for p in model.decayed_parameters())
+    return {n: f"--d_model={d_model} --target_l0_fraction={n / total:.6f}" for n in LEVELS
+            if model.smallest_l0() <= n / total < 1}
+
+
+def run_scaling(runs):
+    """Tune the learning rate of every width at one level, and of every dense model; then run all seeds."""
+    dense = [f"--d_model={d_model} {DENSE_FLAGS}" for d_model in DENSE_WIDTHS]
+    sparse = [sparse_models(d_model) for d_model in WIDTHS]
+    tune(runs, dense + [models[TUNED_AT] for models in sparse])
+    rates = {flags: runs.best_rate(models[TUNED_AT]) for models in sparse for flags in models.values()}
+    rates |= {flags: runs.best_rate(flags) for flags in dense}
+    run_missing(runs, [(flags, rate, seed) for seed in SEEDS for flags, rate in rates.items()])
+
+
+def draw_scaling(runs):
+    """Val loss against nonzero weights, a line for each width and one for the dense models."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # draws without a screen
+    import matplotlib.pyplot as plt
+
+    lines = {f"d_model {d_model}": sparse_models(d_model).values() for d_model in WIDTHS}
+    lines["dense, d_model 16 to 96"] = [f"--d_model={d_model} {DENSE_FLAGS}" for d_model in DENSE_WIDTHS]
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    for label, models in lines.items():
+        models = [flags for flags in models if runs.losses(flags)]
+        if models:
+            losses = [list(runs.losses(flags).values()) for flags in models]
+            x = [np.mean(runs.values(flags, "nonzero")) for flags in models]
+            y = [np.mean(values) for values in losses]
+            spread = [np.std(values, ddof=1) if len(values) > 1 else 0.0 for values in losses]
+            axis.errorbar(x, y, spread, marker="o", markersize=4, capsize=3, label=label,
+                          **({"color": "0.4", "linestyle": "--"} if "dense" in label else {}))
+    axis.set(xscale="log", xlabel="nonzero weights and biases", ylabel="val loss (nats per token)")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(image, dpi=150)
+    print(f"\nwrote {image}")
 
 
 def main():
     configure(globals())
     runs = Runs()
-    ablations(runs)
+    if jobs:
+        run_ablations(runs)
+    print_ablations(runs)
+    if jobs and not only:
+        run_scaling(runs)
+    draw_scaling(runs)
 
 
 if __name__ == "__main__":
