@@ -1061,6 +1061,14 @@ def test_stream_yields_what_generate_returns():
     assert torch.equal(model.generate(prompt, 0), prompt)
 
 
+def test_what_is_generated_can_be_trained_on():
+    """It is a tensor like any other, and the model still has gradients."""
+    model = random_model(0)
+    text = model.generate(some_tokens(1, 2), 3)
+    model(text[:, :-1], text[:, 1:])[1].backward()
+    assert model.lm_head.weight.grad.any()
+
+
 def test_top_k_1_is_greedy():
     """And so is a temperature near 0."""
     model, prompt = tiny_model(), some_tokens(3, 4)
