@@ -163,8 +163,9 @@ def bench_abs_topk(place):
     for n in (1024, 4096):
         x = torch.randn(16384, n, device=place.device, dtype=place.dtype, requires_grad=True)
         dy = torch.randn_like(x)
-        ours, plain, copy = (seconds(lambda f=f, x=x, dy=dy: torch.autograd.grad(f(x), x, dy), place) for f in
-                             (AbsTopK(n // 4), PlainAbsTopK(n // 4), lambda x: x * 1.0))
+        ours, plain, copy = (
+            seconds(lambda f=f, x=x, dy=dy: torch.autograd.grad(f(x), x, dy), place)
+            for f in (AbsTopK(n // 4), PlainAbsTopK(n // 4), lambda x: x * 1.0))
         row(f"AbsTopK forward + backward, 16384 x {n}", ours, ("topk + scatter", plain), ("x * 1.0", copy))
 
 
@@ -253,7 +254,8 @@ def bench_sampling(place):
             model.use_sparse_kernels_()
         ours = seconds(lambda: write(model), place) / n
         dense = seconds(lambda: write(twin), place) / n
-    row(f"sampling, a token of a window of {n + 1}", ours, ("recompute", again), ("dense twin, cached", dense))
+    row(f"sampling, a token of a window of {n + 1}", ours, ("recompute", again),
+        ("dense twin, cached", dense))
 
 
 def bench_prepare(place):

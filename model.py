@@ -61,14 +61,14 @@ os.register_at_fork(after_in_child=start_workers)
 
 
 def over_rows(f, x):
-    """Call f(slice) for slices of the rows of x (rows, n), on all cores if there is enough for each to do."""
+    """Call f(slice) for slices of the rows of x (rows, n), on all cores if there is enough to do."""
     share = -(-len(x) // torch.get_num_threads())
     size = max(1, 2**16 // x.shape[1], min(share, 2**18 // x.shape[1]))
     slices = [slice(start, start + size) for start in range(0, len(x), size)]
     list(workers.map(f, slices) if len(slices) > 1 else map(f, slices))
 
 
-# On a CPU, `abs_topk` and its gradient are operators of our own. torch.compile does not look into them: there
+# On a CPU, `abs_topk` and its gradient are operators of our own, into which torch.compile does not look: there
 # is nothing to fuse with a partition, and the code that it makes for bool masks is slow.
 
 
@@ -360,7 +360,7 @@ class SparseLinear(nn.Module):
         weight = linear.weight.detach()
         with warnings.catch_warnings(action="ignore"):  # that this kind of tensor is in beta
             csr = weight.to_sparse_csr()
-            self.weight = torch.sparse_csr_tensor(  # the product takes int32 indices: anew in every call, if not
+            self.weight = torch.sparse_csr_tensor(  # MKL wants int32: else they are converted in every call
                 csr.crow_indices().int(), csr.col_indices().int(), csr.values(), weight.shape)
         self.bias = linear.bias
 

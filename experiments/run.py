@@ -5,8 +5,9 @@
     python -m experiments.run --only=sink          # only ablations whose name contains this
     python -m experiments.run --jobs=0             # run nothing: table and figure of what is recorded
 
-A run is train.py with experiments/tiny.py and the flags of its row, on one core. It can be stopped and
-started again: rows that are recorded are not run twice. To have your own ablation in the table, add a line.
+A run is train.py with experiments/tiny.py and the flags of its row, on one core. All can be stopped, once
+the runs under way have ended, and started again: rows that are recorded are not run twice. To have your own
+ablation in the table, add a line.
 """
 import csv
 import json
@@ -15,13 +16,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
-from configurator import configure
+from configurator import configure, fail
 from model import GPT, GPTConfig
 
 only = ""  # run the ablations whose name contains this; '': all, and the models of the scaling figure
@@ -29,54 +29,57 @@ jobs = os.cpu_count() or 1  # runs at a time, a core each
 image = "assets/scaling.png"
 
 PATH = os.path.join(os.path.dirname(__file__), "runs.csv")
-SEEDS = (1, 2, 3)
+SEEDS = (1, 2, 3)  # the first also chooses the learning rate
 COLUMNS = ("flags", "learning_rate", "seed", "val_loss", "bits_per_byte", "nonzero", "dead_neurons",
-           "kurtosis", "seconds")
+           "kurtosis", "cpu_seconds")
 
 
 @dataclass
-class Row:
-    """A model: the flags that make it, and the learning rates to choose from, as multiples of the base's."""
+class Ablation:
+    """A change to the base: the flag that makes it, and what the paper says of its effect on the loss."""
 
     name: str
-    flags: str = ""
-    multiples: tuple = (1,)
-    paper: str = ""  # what the paper says of it
+    flags: str
+    expected: str = ""  # "worse", "neutral", "" if the paper's finding is not about the loss or not known
+    paper: str = ""  # in a few words
+    tuned: bool = False  # it shifts the learning rate's scale: tune that anew
 
 
-BASE = "base"
 ABLATIONS = [
-    Row(BASE),
-    Row("no warmup", "--warmup_fraction=0", paper="warmup is critical at high learning rates"),
-    Row("warmup 5%", "--warmup_fraction=0.05"),
-    Row("warmup 10%", "--warmup_fraction=0.1"),
-    Row("no learning rate decay", "--decay_lr=False", (0.5, 1)),
-    Row("gradients not normalized", "--grad_clip_rms=0", (1, 10, 100), "essential for stability"),
-    Row("anneal until 20%", "--sparsity_anneal_end_fraction=0.2"),
-    Row("anneal until 80%", "--sparsity_anneal_end_fraction=0.8"),
-    Row("no annealing", "--sparsity_anneal_start_fraction=0 --sparsity_anneal_end_fraction=0", (0.5, 1),
-        "starting sparse hurts"),
-    Row("no sharkfin", "--use_sharkfin_schedule=False", (1, 2, 4), "a smaller L0 wants a larger rate"),
-    Row("no attention sink", "--use_attention_sinks=False", paper="no substantial effect on the loss"),
-    Row("dense biases", "--sparsify_biases=False"),
-    Row("d_head 32", "--d_head=32"),
-    Row("d_head 64", "--d_head=64"),
-    Row("j = 1", "--min_weights_per_neuron=1", paper="a floor leaves fewer dead neurons"),
-    Row("j = 2", "--min_weights_per_neuron=2"),
-    Row("no floor (j = 0)", "--min_weights_per_neuron=0", paper="a floor leaves fewer dead neurons"),
-    Row("no bigram table", "--use_bigram_table=False", paper="it saves sparse weights from bigrams"),
-    Row("positional embeddings", "--use_positional_embeddings=True", paper="roughly neutral on the loss"),
-    Row("no AbsTopK", "--activation_topk_fraction=1.0", paper="too much of it hurts"),
-    Row("beta1 0.8", "--beta1=0.8"),
-    Row("beta1 0.95", "--beta1=0.95"),
-    Row("beta2 0.99", "--beta2=0.99"),
-    Row("beta2 0.999", "--beta2=0.999"),
-    Row("weight decay 0.03", "--weight_decay=0.03"),
-    Row("weight decay 0.3", "--weight_decay=0.3"),
-    Row("eps 1", "--eps=1.0", (1, 2, 4)),
-    Row("eps 0.01", "--eps=0.01", (0.5, 1)),
-    Row("eps 0.001", "--eps=0.001", (0.25, 0.5, 1)),
+    Ablation("no warmup", "--warmup_fraction=0", "worse", "critical at high learning rates"),
+    Ablation("warmup 5%", "--warmup_fraction=0.05"),
+    Ablation("warmup 10%", "--warmup_fraction=0.1"),
+    Ablation("no learning rate decay", "--decay_lr=False", tuned=True),
+    Ablation("gradients not normalized", "--grad_clip_rms=0", "worse", "essential"),
+    Ablation("the same, eps at their scale", "--grad_clip_rms=0 --eps=2e-5", "worse", "essential",
+             tuned=True),
+    Ablation("anneal until 20%", "--sparsity_anneal_end_fraction=0.2"),
+    Ablation("anneal until 80%", "--sparsity_anneal_end_fraction=0.8"),
+    Ablation("no annealing", "--sparsity_anneal_start_fraction=0 --sparsity_anneal_end_fraction=0", "worse",
+             "starting sparse hurts", tuned=True),
+    Ablation("no sharkfin", "--use_sharkfin_schedule=False", "worse", "a smaller L0 wants a larger rate",
+             tuned=True),
+    Ablation("no attention sink", "--use_attention_sinks=False", "neutral", "no substantial effect"),
+    Ablation("dense biases", "--sparsify_biases=False"),
+    Ablation("d_head 32", "--d_head=32"),
+    Ablation("d_head 64", "--d_head=64"),
+    Ablation("j = 2", "--min_weights_per_neuron=2", paper="the floor leaves fewer dead neurons"),
+    Ablation("j = 1", "--min_weights_per_neuron=1", paper="the floor leaves fewer dead neurons"),
+    Ablation("no floor", "--min_weights_per_neuron=0", paper="the floor leaves fewer dead neurons"),
+    Ablation("no bigram table", "--use_bigram_table=False", "worse", "it relieves the sparse weights"),
+    Ablation("positional embeddings", "--use_positional_embeddings=True", "neutral", "roughly neutral"),
+    Ablation("no AbsTopK", "--activation_topk_fraction=1.0", paper="too much of it hurts"),
+    Ablation("beta1 0.8", "--beta1=0.8"),
+    Ablation("beta1 0.95", "--beta1=0.95"),
+    Ablation("beta2 0.99", "--beta2=0.99"),
+    Ablation("beta2 0.999", "--beta2=0.999"),
+    Ablation("weight decay 0.03", "--weight_decay=0.03"),
+    Ablation("weight decay 0.3", "--weight_decay=0.3"),
+    Ablation("eps 1", "--eps=1.0", tuned=True),
+    Ablation("eps 0.01", "--eps=0.01", tuned=True),
+    Ablation("eps 0.001", "--eps=0.001", tuned=True),
 ]
+NEUTRAL = 0.02  # nats: a smaller change is called none
 
 # ----------------------------------------------------------------------------------------------------------
 # what has been run
@@ -92,22 +95,16 @@ class Runs:
                 for row in csv.DictReader(f):
                     self.rows[row["flags"], float(row["learning_rate"]), int(row["seed"])] = row
 
-    def best_rate(self, flags):
-        """The learning rate with the least loss at the first seed."""
-        return min((float(row["val_loss"]), rate) for (f, rate, seed), row in self.rows.items()
-                   if f == flags and seed == SEEDS[0])[1]
+    def rates(self, flags, seed=SEEDS[0]):
+        """The learning rates run at a seed, the one of least loss first."""
+        return [rate for _, rate in sorted((float(row["val_loss"]), rate) for (f, rate, s), row
+                                           in self.rows.items() if f == flags and s == seed)]
 
-    def values(self, flags, column):
-        """A column of the runs at the best learning rate, in the order of SEEDS, as floats."""
-        if not any(f == flags and seed == SEEDS[0] for f, _, seed in self.rows):
-            return []
-        found = [self.rows.get((flags, self.best_rate(flags), seed)) for seed in SEEDS]
-        return [float(row[column] or 0) for row in found if row]
-
-    def losses(self, flags):
-        """Val loss by seed, at the best learning rate."""
-        seeds = [int(seed) for seed in self.values(flags, "seed")]
-        return dict(zip(seeds, self.values(flags, "val_loss"), strict=True))
+    def reported(self, flags):
+        """The rows of the learning rate that is reported: of those with most seeds, that of least loss."""
+        of_rate = [[self.rows[flags, rate, seed] for seed in SEEDS if (flags, rate, seed) in self.rows]
+                   for rate in self.rates(flags)]
+        return max(of_rate, key=len, default=[])
 
     def add(self, flags, rate, seed, record):
         record = {"flags": flags, "learning_rate": rate, "seed": seed, **record}
@@ -119,52 +116,62 @@ class Runs:
                     writer.writeheader()
                 writer.writerow(record)
             self.rows[flags, rate, seed] = record
-            print(f"{record['val_loss']:>8} | lr {rate:.4g} | seed {seed} | {record['seconds']:>4} s | {flags}",
-                  flush=True)
+            print(f"{record['val_loss']:>8} | lr {rate} | seed {seed} | {flags}", flush=True)
 
 
 def train_one(flags, rate, seed):
     """Run train.py once. Returns what the CSV says of it; a run that diverges has a loss of inf."""
-    with tempfile.TemporaryDirectory() as out_dir:
-        begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as out_dir, tempfile.TemporaryFile("w+") as errors:
         command = [sys.executable, "train.py", "experiments/tiny.py", *flags.split(),
                    f"--learning_rate={rate}", f"--seed={seed}", f"--out_dir={out_dir}"]
-        one_core = os.environ | {"OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, env=one_core, capture_output=True, text=True, check=False)
-        seconds = round(time.monotonic() - begun)
-        if result.returncode == 1 and "the loss is" in result.stderr:
-            return {"val_loss": "inf", "seconds": seconds}
-        if result.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{result.stderr}")
+        process = subprocess.Popen(
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=errors,
+            start_new_session=True)  # which Ctrl-C does not reach: it may finish
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        record = dict.fromkeys(COLUMNS[3:], "") | {"cpu_seconds": round(used.ru_utime + used.ru_stime)}
+        errors.seek(0)
+        error = errors.read()
+        if process.returncode == 1 and "loss is" in error:
+            return record | {"val_loss": "inf"}
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{error}")
         with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as f:
-            last = {}
-            for line in f:
-                last |= json.loads(line)
-    return {"val_loss": f"{last['val/loss']:.4f}", "bits_per_byte": f"{last['val/bits_per_byte']:.4f}",
-            "nonzero": last["sparsity/nonzero"], "dead_neurons": last["sparsity/dead_neurons"],
-            "kurtosis": f"{last['activations/kurtosis_resid_final']:.1f}", "seconds": seconds}
+            lines = [json.loads(line) for line in f]
+    if "val/loss" not in lines[-1] or lines[-1]["step"] == 0:
+        raise SystemExit(f"{' '.join(command)}\nwas stopped")
+    last = {key: value for line in lines for key, value in line.items()}
+    return record | {
+        "val_loss": f"{last['val/loss']:.4f}", "bits_per_byte": f"{last['val/bits_per_byte']:.4f}",
+        "nonzero": last["sparsity/nonzero"], "dead_neurons": last["sparsity/dead_neurons"],
+        "kurtosis": f"{last['activations/kurtosis_resid_final']:.1f}"}
 
 
 def run_missing(runs, wanted):
     """Train all of `wanted`, a list of (flags, rate, seed), that is not recorded."""
-    wanted = [(flags, float(f"{rate:.4g}"), seed) for flags, rate, seed in wanted]
-    missing = [w for w in dict.fromkeys(wanted) if w not in runs.rows]
+    missing = [run for run in dict.fromkeys(wanted) if run not in runs.rows]
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda w: runs.add(*w, train_one(*w)), missing))
+        list(pool.map(lambda run: runs.add(*run, train_one(*run)), missing))
 
 
 def tune(runs, models):
-    """Double and halve the learning rate of each of `models`, flags, until the best is between two others."""
-    grids = {flags: {1.8e-2, 3.6e-2} for flags in models}
-    while True:
-        run_missing(runs, [(flags, rate, SEEDS[0]) for flags, grid in grids.items() for rate in sorted(grid)])
-        sizes = [len(grid) for grid in grids.values()]
-        for flags, grid in grids.items():
-            best = runs.best_rate(flags)
-            if best in (min(grid), max(grid)):
-                grid.add(best / 2 if best == min(grid) else best * 2)
-        if sizes == [len(grid) for grid in grids.values()]:
-            return
+    """Double and halve the learning rate of each of `models` (flags) until the best is between two others."""
+    wanted = [(flags, rate, SEEDS[0]) for flags in models for rate in (1.8e-2, 3.6e-2)]
+    while wanted:
+        run_missing(runs, wanted)
+        wanted = []
+        for flags in models:
+            rates = runs.rates(flags)
+            if rates[0] == min(rates):
+                wanted.append((flags, float(f"{rates[0] / 2:.4g}"), SEEDS[0]))
+            elif rates[0] == max(rates):
+                wanted.append((flags, float(f"{rates[0] * 2:.4g}"), SEEDS[0]))
+
+
+def describe(values, sign=""):
+    """Mean and standard deviation of some losses."""
+    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):{sign}.3f}{spread}"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -172,33 +179,42 @@ def tune(runs, models):
 
 
 def run_ablations(runs):
-    """Tune the base's learning rate, choose each ablation's among its multiples, then run all seeds."""
+    """Tune the base, and the ablations that want it; run the others at the base's rate; then all seeds."""
+    ablations = [a for a in ABLATIONS if only in a.name]
     tune(runs, [""])
-    rows = [row for row in ABLATIONS if only in row.name]
-    run_missing(runs, [("", runs.best_rate(""), seed) for seed in SEEDS])
-    run_missing(runs, [(row.flags, runs.best_rate("") * m, SEEDS[0]) for row in rows for m in row.multiples])
-    run_missing(runs, [(row.flags, runs.best_rate(row.flags), seed) for seed in SEEDS for row in rows])
+    base_rate = runs.rates("")[0]
+    run_missing(runs, [(a.flags, base_rate, SEEDS[0]) for a in ablations if not a.tuned])
+    tune(runs, [a.flags for a in ablations if a.tuned])
+    chosen = {"": base_rate} | {a.flags: runs.rates(a.flags)[0] if a.tuned else base_rate for a in ablations}
+    run_missing(runs, [(flags, rate, seed) for seed in SEEDS for flags, rate in chosen.items()])
+
+
+def losses(rows):
+    """Val loss by seed."""
+    return {int(row["seed"]): float(row["val_loss"]) for row in rows}
 
 
 def print_ablations(runs):
-    """The table as Markdown: the change in val loss from the base, paired by seed."""
-    base = runs.losses("")
-    print(f"base: learning rate {runs.best_rate(''):.2g}, {describe(base.values())}\n")
-    print("| ablation | flag | learning rate | change in val loss | n | dead neurons | the paper |")
-    print("|---|---|---|---|---|---|---|")
-    for row in ABLATIONS[1:]:
-        changes = [loss - base[seed] for seed, loss in runs.losses(row.flags).items() if seed in base]
-        if changes:
-            dead = np.mean(runs.values(row.flags, "dead_neurons"))
-            print(f"| {row.name} | `{row.flags}` | {runs.best_rate(row.flags):.2g} | {describe(changes, '+')} | "
-                  f"{len(changes)} | {dead:.0f} | {row.paper} |")
-
-
-def describe(values, sign=""):
-    """Mean and standard deviation of some losses."""
-    values = np.array(list(values))
-    spread = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
-    return f"{values.mean():{sign}.3f}{spread}"
+    """The table as Markdown. Changes are paired by seed; the spread is their standard deviation."""
+    base = losses(runs.reported(""))
+    if not base:
+        fail("no run is recorded: leave out --jobs=0")
+    print(f"base: learning rate {runs.rates('')[0]}, val loss {describe([*base.values()])}, n = {len(base)}")
+    print()
+    print("| ablation | flag | learning rate | change in val loss | n | dead neurons | the paper | agree |")
+    print("|---|---|---|---|---|---|---|---|")
+    for a in ABLATIONS:
+        rows = runs.reported(a.flags)
+        changes = [loss - base[seed] for seed, loss in losses(rows).items() if seed in base]
+        if not changes:
+            continue
+        mean = np.mean(changes)
+        spread = np.std(changes, ddof=1) if len(changes) > 1 else 0.0
+        found = "neutral" if abs(mean) < max(NEUTRAL, spread) else "worse" if mean > 0 else "better"
+        agree = ("yes" if found == a.expected else f"no: {found}") if a.expected else ""
+        dead = np.mean([float(row["dead_neurons"] or "nan") for row in rows])
+        print(f"| {a.name} | `{a.flags}` | {float(rows[0]['learning_rate']):g} | {describe(changes, '+')} | "
+              f"{len(changes)} | {dead:.0f} | {a.paper} | {agree} |")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -224,9 +240,9 @@ def run_scaling(runs):
     dense = [f"--d_model={d_model} {DENSE_FLAGS}" for d_model in DENSE_WIDTHS]
     sparse = [sparse_models(d_model) for d_model in WIDTHS]
     tune(runs, dense + [models[TUNED_AT] for models in sparse])
-    rates = {flags: runs.best_rate(models[TUNED_AT]) for models in sparse for flags in models.values()}
-    rates |= {flags: runs.best_rate(flags) for flags in dense}
-    run_missing(runs, [(flags, rate, seed) for seed in SEEDS for flags, rate in rates.items()])
+    chosen = {flags: runs.rates(models[TUNED_AT])[0] for models in sparse for flags in models.values()}
+    chosen |= {flags: runs.rates(flags)[0] for flags in dense}
+    run_missing(runs, [(flags, rate, seed) for seed in SEEDS for flags, rate in chosen.items()])
 
 
 def draw_scaling(runs):
@@ -240,15 +256,14 @@ def draw_scaling(runs):
     lines["dense, d_model 16 to 96"] = [f"--d_model={d_model} {DENSE_FLAGS}" for d_model in DENSE_WIDTHS]
     figure, axis = plt.subplots(figsize=(7, 4.5))
     for label, models in lines.items():
-        models = [flags for flags in models if runs.losses(flags)]
-        if models:
-            losses = [list(runs.losses(flags).values()) for flags in models]
-            x = [np.mean(runs.values(flags, "nonzero")) for flags in models]
-            y = [np.mean(values) for values in losses]
-            spread = [np.std(values, ddof=1) if len(values) > 1 else 0.0 for values in losses]
-            axis.errorbar(x, y, spread, marker="o", markersize=4, capsize=3, label=label,
-                          **({"color": "0.4", "linestyle": "--"} if "dense" in label else {}))
-    axis.set(xscale="log", xlabel="nonzero weights and biases", ylabel="val loss (nats per token)")
+        points = [runs.reported(flags) for flags in models if runs.reported(flags)]
+        values = [list(losses(rows).values()) for rows in points]
+        axis.errorbar([np.mean([float(row["nonzero"]) for row in rows]) for rows in points],
+                      [np.mean(v) for v in values], [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values],
+                      marker="o", markersize=4, capsize=3, label=label,
+                      **({"color": "0.4", "linestyle": "--"} if "dense" in label else {}))
+    axis.set(xscale="log", xlabel="nonzero weights and biases, bigram table aside",
+             ylabel="val loss (nats per token)")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
@@ -265,7 +280,8 @@ def main():
     print_ablations(runs)
     if jobs and not only:
         run_scaling(runs)
-    draw_scaling(runs)
+    if any("d_model" in flags for flags, *_ in runs.rows):
+        draw_scaling(runs)
 
 
 if __name__ == "__main__":
