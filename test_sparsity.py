@@ -3458,7 +3458,7 @@ def recorded(tmp_path, monkeypatch):
 
     def train_one(flags, rate, seed):
         trained.append((flags, rate, seed))
-        loss = abs(math.log(rate / (0.005 if "eps" in flags else 0.02))) + seed + ("eps" in flags)
+        loss = round(abs(math.log(rate / (0.005 if "eps" in flags else 0.02))), 4) + seed + ("eps" in flags)
         return dict.fromkeys(experiments.COLUMNS[3:], 0) | {"val_loss": loss, "nonzero": 9}
 
     monkeypatch.setattr(experiments, "PATH", str(tmp_path / "runs.csv"))
@@ -3466,31 +3466,53 @@ def recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "jobs", 2)
     monkeypatch.setattr(experiments, "image", str(tmp_path / "figure.png"))
     monkeypatch.setattr(experiments, "ABLATIONS", [
-        experiments.Row("base"), experiments.Row("eps 9", "--eps=9.0", (0.25, 0.5, 1), "nothing")])
+        experiments.Ablation("beta", "--beta1=0.8", "neutral"),
+        experiments.Ablation("eps 9", "--eps=9.0", "neutral", "nothing", tuned=True)])
     return trained
 
 
-def test_ablations_are_run_once_at_the_best_of_their_rates(recorded, capsys):
-    """Three seeds each, the changes paired by seed; what a CSV holds is not run again."""
+def test_ablations_are_run_once(recorded, capsys):
+    """Three seeds each, at a tuned rate or the base's, the changes paired by seed; and never again."""
     experiments.run_ablations(experiments.Runs())
     rates = {seed: {rate for flags, rate, s in recorded if not flags and s == seed} for seed in (1, 2, 3)}
     assert rates == {1: {0.009, 0.018, 0.036}, 2: {0.018}, 3: {0.018}}
-    assert sorted(run[1:] for run in recorded if run[0]) == [
-        (0.0045, 1), (0.0045, 2), (0.0045, 3), (0.009, 1), (0.018, 1)]
+    assert sorted(run[1:] for run in recorded if "beta" in run[0]) == [(0.018, seed) for seed in (1, 2, 3)]
+    assert {rate for flags, rate, seed in recorded if "eps" in flags and seed > 1} == {0.0045}
     before = len(recorded)
     runs = experiments.Runs()
     experiments.run_ablations(runs)
     assert len(recorded) == before
     experiments.print_ablations(runs)
-    assert "| eps 9 | `--eps=9.0` | 0.0045 | +1.000 ± 0.000 | 3 | 0 | nothing |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| eps 9 | `--eps=9.0` | 0.0045 | +1.000 ± 0.000 | 3 | 0 | nothing | no: worse |" in printed
+    assert "| beta | `--beta1=0.8` | 0.018 | +0.000 ± 0.000 | 3 | 0 |  | yes |" in printed
 
 
-def test_the_best_rate_lies_between_two_others(recorded):
-    """However far from the start it is."""
+def test_the_best_rate_lies_between_two_others(recorded, monkeypatch):
+    """However far from the start it is, also if the runs are stopped and started on the way."""
+    best = {0.00225, 0.0045, 0.009, 0.018, 0.036}
+    train_one = experiments.train_one
+
+    def stop_at_the_third(flags, rate, seed):
+        if len(recorded) == 3:
+            raise SystemExit("stopped")
+        return train_one(flags, rate, seed)
+
+    monkeypatch.setattr(experiments, "train_one", stop_at_the_third)
+    with pytest.raises(SystemExit):
+        experiments.tune(experiments.Runs(), ["--eps=9.0"])
+    monkeypatch.setattr(experiments, "train_one", train_one)
     runs = experiments.Runs()
-    experiments.tune(runs, ["", "--eps=9.0"])
-    assert runs.best_rate("--eps=9.0") == 0.0045
-    assert {rate for flags, rate, _ in recorded if flags} == {0.00225, 0.0045, 0.009, 0.018, 0.036}
+    experiments.tune(runs, ["--eps=9.0"])
+    assert runs.rates("--eps=9.0")[0] == 0.0045
+    assert {rate for _, rate, _ in recorded} == best and len(recorded) == len(best)
+
+
+def test_the_rate_with_most_seeds_is_reported(recorded):
+    """One run of another rate, even if it is better, does not stand for three."""
+    runs = experiments.Runs()
+    experiments.run_missing(runs, [("--eps=9.0", 0.009, seed) for seed in (1, 2, 3)] + [("--eps=9.0", 0.0045, 1)])
+    assert [row["learning_rate"] for row in runs.reported("--eps=9.0")] == [0.009] * 3
 
 
 def test_the_scaling_runs_fit_and_are_drawn(recorded, tmp_path):
@@ -3504,15 +3526,38 @@ def test_the_scaling_runs_fit_and_are_drawn(recorded, tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 0
 
 
+AN_EXPERIMENT = ("--max_iters=3 --d_model=16 --d_head=8 --block_size=8 --target_l0_fraction=1/2 "
+                 "--eval_iters=2 --eval_interval=2")
+
+
 @pytest.mark.slow
 def test_an_experiment_trains(prepared, monkeypatch):
-    """What is recorded is what train.py logged last."""
+    """What is recorded is what train.py logged last; a loss that is not finite is recorded as infinite."""
     monkeypatch.chdir(Path(train.__file__).parent)
-    flags = (f"--dataset={prepared}/data/tiny --max_iters=3 --d_model=16 --d_head=8 --block_size=8 "
-             "--target_l0_fraction=1/2 --eval_iters=2 --eval_interval=2")
+    flags = f"--dataset={prepared}/data/tiny {AN_EXPERIMENT}"
     record = experiments.train_one(flags, 0.01, 1)
     assert record.keys() == set(experiments.COLUMNS[3:])
     assert 4 < float(record["val_loss"]) < 6 and record["dead_neurons"] == 0 and record["nonzero"] > 0
+    assert experiments.train_one(flags, 1e30, 1)["val_loss"] == "inf"
+
+
+@pytest.mark.slow
+def test_an_experiment_that_was_stopped_is_not_recorded(prepared, monkeypatch):
+    """train.py ends well when it is told to stop: that is no result."""
+    monkeypatch.chdir(Path(train.__file__).parent)
+    popen = subprocess.Popen
+
+    def stop_soon(*arguments, **options):
+        process = popen(*arguments, **options)
+        out_dir = next(a for a in arguments[0] if a.startswith("--out_dir=")).partition("=")[2]
+        while not os.path.exists(os.path.join(out_dir, "log.jsonl")):
+            time.sleep(0.05)
+        process.terminate()
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", stop_soon)
+    with pytest.raises(SystemExit, match="was stopped"):
+        experiments.train_one(f"--dataset={prepared}/data/tiny {AN_EXPERIMENT} --max_iters=100000", 0.01, 1)
 
 
 def test_a_look_inside(trained, tmp_path, monkeypatch):

@@ -155,7 +155,7 @@ def run_missing(runs, wanted):
 
 
 def tune(runs, models):
-    """Double and halve the learning rate of each of `models` (flags) until the best is between two others."""
+    """Double and halve the learning rate of each of `models`, flags, until the best lies between two."""
     wanted = [(flags, rate, SEEDS[0]) for flags in models for rate in (1.8e-2, 3.6e-2)]
     while wanted:
         run_missing(runs, wanted)
