@@ -68,7 +68,7 @@ ABLATIONS = [
     Ablation("no floor", "--min_weights_per_neuron=0", paper="the floor leaves fewer dead neurons"),
     Ablation("no bigram table", "--use_bigram_table=False", "worse", "it relieves the sparse weights"),
     Ablation("positional embeddings", "--use_positional_embeddings=True", "neutral", "roughly neutral"),
-    Ablation("no AbsTopK", "--activation_topk_fraction=1.0", paper="too much of it hurts"),
+    Ablation("no AbsTopK", "--activation_topk_fraction=1.0", paper="too much of it hurts", tuned=True),
     Ablation("beta1 0.8", "--beta1=0.8"),
     Ablation("beta1 0.95", "--beta1=0.95"),
     Ablation("beta2 0.99", "--beta2=0.99"),
