@@ -31,6 +31,15 @@ def curve(records, key):
     return [step for step, _ in found], [value for _, value in found]
 
 
+def save(figure, path):
+    """Write a figure to `path`; ends the script if that cannot be done."""
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as e:
+        fail(f"cannot write {path} ({e}): choose another --image")
+    print(f"wrote {path}")
+
+
 def main():
     configure(globals())
     records = read_log(os.path.join(out_dir, "log.jsonl"))
@@ -51,12 +60,7 @@ def main():
         axis.grid(alpha=0.25)
     figure.align_ylabels()
     figure.tight_layout()
-    path = image or os.path.join(out_dir, "curves.png")
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as e:
-        fail(f"cannot write {path} ({e}): choose another --image")
-    print(f"wrote {path}")
+    save(figure, image or os.path.join(out_dir, "curves.png"))
 
 
 if __name__ == "__main__":

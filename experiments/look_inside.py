@@ -12,13 +12,10 @@ import os
 from dataclasses import dataclass
 from functools import partial
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws without a screen
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+import plot
 import sample
 import train
 from configurator import configure, fail
@@ -159,14 +156,9 @@ def main():
         fail(f"{folder} has another tokenizer than the model was trained with: prepare that data again")
     starts = np.linspace(0, len(data.val) - T, windows).astype(int)
     idx = torch.from_numpy(np.stack([data.val[s:s + T] for s in starts]).astype(np.int64))
-    figure = plt.figure(figsize=(13, 5.2 * len(model.transformer.h)), layout="constrained")
+    figure = plot.plt.figure(figsize=(13, 5.2 * len(model.transformer.h)), layout="constrained")
     draw(figure, model, load_tokenizer(os.path.join(folder, "tokenizer.json")), idx)
-    path = image or os.path.join(out_dir, "inside.png")
-    try:
-        figure.savefig(path, dpi=130)
-    except (OSError, ValueError) as e:
-        fail(f"cannot write {path} ({e}): choose another --image")
-    print(f"wrote {path}")
+    plot.save(figure, image or os.path.join(out_dir, "inside.png"))
 
 
 if __name__ == "__main__":

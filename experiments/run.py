@@ -247,14 +247,11 @@ def run_scaling(runs):
 
 def draw_scaling(runs):
     """Val loss against nonzero weights, a line for each width and one for the dense models."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # draws without a screen
-    import matplotlib.pyplot as plt
+    import plot  # and matplotlib: a run has no need of it
 
     lines = {f"d_model {d_model}": sparse_models(d_model).values() for d_model in WIDTHS}
     lines["dense, d_model 16 to 96"] = [f"--d_model={d_model} {DENSE_FLAGS}" for d_model in DENSE_WIDTHS]
-    figure, axis = plt.subplots(figsize=(7, 4.5))
+    figure, axis = plot.plt.subplots(figsize=(7, 4.5))
     for label, models in lines.items():
         points = [runs.reported(flags) for flags in models if runs.reported(flags)]
         values = [list(losses(rows).values()) for rows in points]
@@ -268,8 +265,7 @@ def draw_scaling(runs):
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(image, dpi=150)
-    print(f"\nwrote {image}")
+    plot.save(figure, image)
 
 
 def main():
