@@ -68,8 +68,8 @@ def over_rows(f, x):
     list(workers.map(f, slices) if len(slices) > 1 else map(f, slices))
 
 
-# On a CPU, `abs_topk` and its gradient are operators of our own, into which torch.compile does not look: there
-# is nothing to fuse with a partition, and the code that it makes for bool masks is slow.
+# `abs_topk` is an operator of our own, into which torch.compile does not look. On a CPU so is its gradient:
+# the code that the compiler makes for bool masks there is slow.
 
 
 @torch.library.custom_op("weight_sparse::keep_largest", mutates_args=(), device_types="cpu")
@@ -97,8 +97,23 @@ def zero_where_not(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 keep_largest.register_fake(lambda x, k: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)))
 zero_where_not.register_fake(lambda mask, x: torch.empty_like(x))
-keep_largest.register_autograd(  # the gradient is zero where the output was made zero
-    lambda ctx, dy, _: (zero_where_not(ctx.saved_tensors[0], dy.contiguous()), None),
+
+
+@keep_largest.register_kernel("cuda")
+def keep_largest_on_gpu(x, k):
+    import kernels  # and with it Triton, which a CPU's PyTorch does not have
+
+    return kernels.keep_largest(x, k)
+
+
+def gradient_of_keep_largest(ctx, dy, _):
+    """Zero where the output was made zero. On a GPU the compiler fuses this with what is next to it."""
+    mask, = ctx.saved_tensors
+    return zero_where_not(mask, dy.contiguous()) if dy.is_cpu else torch.where(mask, dy, 0.0), None
+
+
+keep_largest.register_autograd(
+    gradient_of_keep_largest,
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output[1]))
 zero_where_not.register_autograd(
     lambda ctx, dy: (None, zero_where_not(ctx.saved_tensors[0], dy.contiguous())),
@@ -113,7 +128,7 @@ def abs_topk(x, k):
     """
     if not 1 <= k <= x.size(-1):
         raise ValueError(f"abs_topk keeps between 1 and {x.size(-1)} entries here, not {k}")
-    if x.device.type == "cpu":
+    if x.device.type in ("cpu", "cuda"):
         return keep_largest(x.contiguous(), k)[0]
     return torch.where(largest_by_topk(x.detach(), k), x, 0.0)
 
@@ -171,38 +186,56 @@ def causal_attention(q, k, v, sink_logit, dropout_p):
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=q.size(2) > 1)
 
 
-class FusedSinkAttention(torch.autograd.Function):
-    """`sink_attention` on a CPU, at the price of plain causal attention.
+def softmax_attention(q, k, v):
+    """Attention y of a fused kernel and the lse (B, n_head, T) of its scores, causal unless T is 1.
 
-    Flash attention gives y = sum(exp(s) v) / Z and lse = log Z, with Z = sum(exp(s)). A sink adds exp(b):
+    Then two tuples, of tensors and of other things, for `gradients_of_softmax_attention`.
+    """
+    if q.is_cpu:
+        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, q.size(2) > 1)
+        return y, lse, (), ()
+    y, lse, *lengths, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, True)
+    return y, lse.view(y.shape[:3]), (seed, offset), tuple(lengths)
+
+
+def gradients_of_softmax_attention(dy, q, k, v, y, lse, tensors, others):
+    """Gradients of q, k and v."""
+    if q.is_cpu:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dy, q, k, v, y, lse, 0.0, q.size(2) > 1)
+    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        dy, q, k, v, y, lse.unsqueeze(-1), *tensors, None, *others, 0.0, True)
+
+
+class FusedSinkAttention(torch.autograd.Function):
+    """`sink_attention` at nearly the price of plain causal attention.
+
+    Fused attention gives y = sum(exp(s) v) / Z and lse = log Z, with Z = sum(exp(s)). A sink adds exp(b):
 
         y_sink = y * Z / (Z + exp(b)) = y * sigmoid(lse - b)        lse_sink = log(exp(lse) + exp(b))
 
-    The backward pass of flash attention knows the softmax by y and lse alone. It rebuilds each weight as
-    exp(s - lse) and subtracts the row sum of dy * y. Given y_sink and lse_sink it therefore yields the exact
-    gradients of q, k and v. The sink has the weight 1 - sigmoid(lse - b) and the value zero, so the gradient
-    of b is that weight times -sum(dy * y_sink).
+    Its backward pass knows the softmax by y and lse alone. It rebuilds each weight as exp(s - lse) and
+    subtracts the row sum of dy * y. Given y_sink and lse_sink it therefore yields the exact gradients of q,
+    k and v. The sink has the weight 1 - sigmoid(lse - b) and the value zero, so the gradient of b is that
+    weight times -sum(dy * y_sink).
     """
 
     @staticmethod
     def forward(ctx, q, k, v, sink_logit):
-        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))  # the kernel relies on it
-        causal = q.size(2) > 1
-        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))  # the kernels rely on it
+        y, lse, tensors, ctx.others = softmax_attention(q, k, v)
         b = sink_logit.view(-1, 1)
         kept = torch.sigmoid(lse - b)  # (B, n_head, T): the share of the weight that does not go to the sink
         y = y * kept.unsqueeze(-1).to(y.dtype)
-        ctx.save_for_backward(q, k, v, y, torch.logaddexp(lse, b), kept)
-        ctx.causal = causal
+        ctx.save_for_backward(q, k, v, y, torch.logaddexp(lse, b), kept, *tensors)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        q, k, v, y, lse, kept = ctx.saved_tensors
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dy, q, k, v, y, lse, 0.0, ctx.causal)
+        q, k, v, y, lse, kept, *tensors = ctx.saved_tensors
         db = -((dy * y).sum(-1) * (1 - kept)).sum((0, 2))
-        return dq, dk, dv, db
+        return *gradients_of_softmax_attention(dy, q, k, v, y, lse, tensors, ctx.others), db
 
 
 def sink_attention(q, k, v, sink_logit, dropout_p):
@@ -211,19 +244,23 @@ def sink_attention(q, k, v, sink_logit, dropout_p):
     The weights are exp(s) / (exp(b) + sum exp(s)) for scores s and sink logit b: a head may attend to
     nothing.
     """
-    if q.device.type == "cpu" and dropout_p == 0.0:
+    d_head, queries = q.size(-1), q.size(2)
+    for_cudnn = q.is_cuda and q.dtype == torch.bfloat16 and d_head % 8 == 0 and queries > 1
+    if dropout_p == 0.0 and (q.is_cpu or (for_cudnn and torch.version.cuda)):
         return FusedSinkAttention.apply(q, k, v, sink_logit)
-    # Elsewhere the sink is a real key at position 0, where the causal mask lets every query see it. One
+    b = sink_logit.view(1, -1, 1, 1).expand(q.size(0), -1, 1, 1)
+    if queries == 1:
+        scores = torch.cat([q @ k.mT * d_head**-0.5, b.to(q.dtype)], dim=-1)
+        return F.dropout(scores.softmax(-1)[..., :-1], dropout_p) @ v
+    # Otherwise the sink is a real key at position 0, where the causal mask lets every query see it. One
     # coordinate more, 1 in all queries and 0 in all other keys, gives it the logit b whatever the query.
-    d_head, causal = q.size(-1), q.size(2) > 1
     more = 8  # coordinates: one does it, fused kernels want a multiple of eight
-    b = (sink_logit * math.sqrt(d_head)).to(k.dtype).view(1, -1, 1, 1).expand(k.size(0), -1, 1, 1)
-    k = torch.cat([F.pad(b, (d_head, more - 1)), F.pad(k, (0, more))], dim=2)
+    b = F.pad((b * math.sqrt(d_head)).to(k.dtype), (d_head, more - 1))
+    k = torch.cat([b, F.pad(k, (0, more))], dim=2)
     v = F.pad(v, (0, more, 1, 0))
-    first = int(causal)  # the sink's position takes a query too
-    q = F.pad(F.pad(q, (0, 1), value=1.0), (0, more - 1, first, 0))
-    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal, scale=d_head**-0.5)
-    return y[:, :, first:, :d_head]
+    q = F.pad(F.pad(q, (0, 1), value=1.0), (0, more - 1, 1, 0))  # the sink's position takes a query too
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=d_head**-0.5)
+    return y[:, :, 1:, :d_head]
 
 
 class KVCache:
@@ -571,8 +608,12 @@ class GPT(nn.Module):
                 p.zero_()
             else:
                 tensors.append((p.detach(), k, j, neuron_dim))
-        if all(p.device.type == "cpu" for p, *_ in tensors):
+        if all(p.is_cpu for p, *_ in tensors):
             list(workers.map(lambda tensor: prune_by_partition_(*tensor), tensors))
+        elif all(p.is_cuda and p.dtype == torch.float32 for p, *_ in tensors):
+            import kernels
+
+            kernels.prune_(tensors)
         else:
             for tensor in tensors:
                 prune_by_topk_(*tensor)

@@ -1,6 +1,7 @@
 """Draw the curves of a run from its log: loss, share of nonzero weights, learning rate.
 
-    python plot.py --out_dir=out/quickstart       # writes out/quickstart/curves.png
+    python plot.py --out_dir=out/quickstart                    # writes out/quickstart/curves.png
+    python plot.py --out_dir=out/sparse --beside=out/dense     # with the val loss of another run
 """
 import json
 import os
@@ -13,6 +14,7 @@ import matplotlib.pyplot as plt
 from configurator import configure, fail
 
 out_dir = "out"  # of the training run
+beside = ""  # the out_dir of another run, to compare with
 image = ""  # where to write the figure; '': out_dir/curves.png
 
 
@@ -46,6 +48,10 @@ def main():
     figure, (loss, l0, lr) = plt.subplots(3, 1, figsize=(7, 6), sharex=True, height_ratios=(2, 1, 1))
     loss.plot(*curve(records, "loss"), color="0.75", linewidth=1, label="training batch")
     loss.plot(*curve(records, "val/loss"), color="C0", marker="o", markersize=4, label="validation")
+    if beside:
+        other = read_log(os.path.join(beside, "log.jsonl"))
+        loss.plot(*curve(other, "val/loss"), color="0.3", marker="s", markersize=4, linestyle="--",
+                  label=f"validation, {os.path.basename(os.path.abspath(beside))}")
     loss.set_ylabel("loss (nats per token)")
     loss.legend(frameon=False)
     l0.plot(*curve(records, "sparsity/fraction"), color="C1", marker=".", markersize=4)

@@ -3237,7 +3237,7 @@ BAD_INPUTS = [
         ("target_l0_fraction", 1.5), ("n_layer", 0), ("d_model", 0), ("d_head", 0), ("d_head", 5),
         ("block_size", 0), ("d_mlp", -1), ("dropout", 1), ("dropout", -0.1), ("activation_topk_fraction", 0),
         ("activation_topk_fraction", 1.5), ("activation_topk_fraction", 0.01), ("dtype", "float8"),
-        ("dtype", "float16"), ("device", "cuda:99"), ("device", "abacus"), ("device", "meta")]),
+        ("dtype", "float16 --device=cpu"), ("device", "cuda:99"), ("device", "abacus"), ("device", "meta")]),
     ("train.py tiny.py --activation=swish", "gelu, relu"),
     ("train.py tiny.py --residual_activation=gelu", "identity, relu"),
     ("train.py tiny.py --activation_sparsity_locations=attn_in,mlp_inn", "mlp_in, mlp_neuron"),
@@ -3250,8 +3250,8 @@ BAD_INPUTS = [
     ("sample.py --seed=-1", "seed"),
     (f"sample.py --seed={2**64}", "seed"),
     ("sample.py --dtype=float8", "dtype"),
-    ("sample.py --dtype=float16", "dtype"),
-    ("sample.py --device=cuda:99", "--device=cpu"),
+    ("sample.py --dtype=float16 --device=cpu", "dtype"),
+    ("sample.py --device=cuda:99", "--device=cpu" if torch.cuda.device_count() == 0 else "cuda:0"),
     # data
     ("train.py tiny.py --dataset=nowhere", "python prepare.py"),
     ("train.py tiny.py --dataset=", "python prepare.py"),
@@ -3574,3 +3574,157 @@ def test_a_look_inside(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["look_inside"])
     look_inside.main()
     assert Path("inside.png").stat().st_size > 0
+
+
+# ----------------------------------------------------------------------------------------------------------
+# on a GPU. The kernels themselves also without one: TRITON_INTERPRET=1 pytest -k triton, with Triton installed
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture
+def triton_device():
+    """Where Triton's kernels can run: on a GPU, or in its interpreter."""
+    pytest.importorskip("triton")
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("n, k", [(1, 1), (3, 2), (64, 1), (100, 25), (100, 100), (1024, 256)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_triton_keeps_the_k_largest(triton_device, dtype, n, k):
+    """What a sort keeps, of numbers without and with ties, among them rows of zeros and of one value."""
+    import kernels
+
+    x = torch.randn(9, n, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0], x[1], x[2], x[3], x[4, n // 2] = 0.0, 1.0, x[2].relu(), x[3].round(), torch.inf
+    kept, mask = kernels.keep_largest(x.to(triton_device), k)
+    expected = torch.tensor([[i in plain_largest(row, k) for i in range(n)] for row in x.tolist()])
+    assert torch.equal(mask.cpu(), expected)
+    assert torch.equal(kept.cpu(), torch.where(expected, x, 0.0))
+
+
+@pytest.mark.parametrize("j", [0, 1, 4])
+@pytest.mark.parametrize("l0", [0.95, 0.5, 0.15])
+def test_triton_prunes_as_a_cpu_does(triton_device, l0, j):
+    """All matrices at once, some of them with ties and with more zeros than are pruned."""
+    import kernels
+
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, d_model=48, d_head=16, d_mlp=100, vocab_size=50))
+    with torch.no_grad():
+        model.transformer.wte.weight.round_(decimals=2)
+        model.transformer.h[0].attn.c_attn.weight.copy_(torch.randint(-3, 4, (144, 48)))
+        model.lm_head.weight[:, 10:] = 0.0
+    parameters = [(p.detach(), dim) for _, p, dim in model.sparse_parameters()]
+    todo = [(p.to(triton_device, copy=True), max(1, int(l0 * p.numel())), 0 if dim is None else j, dim)
+            for p, dim in parameters]
+    kernels.prune_(todo)
+    for (pruned, *how), (p, _) in zip(todo, parameters, strict=True):
+        prune_by_partition_(p, *how)
+        assert torch.equal(pruned.cpu(), p)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu_abs_topk_and_its_gradient_are_those_of_a_cpu(dtype):
+    """Of a tensor and of a view, compiled and not."""
+    x = torch.randn(4, 50, 200, generator=torch.Generator().manual_seed(0)).to(dtype).relu()
+    for view in (x, x[:, ::2], x.transpose(1, 2)):
+        dy = torch.randn(view.mT.shape).to(dtype).mT
+        results = []
+        for f, device in ((abs_topk, "cpu"), (abs_topk, "cuda"), (torch.compile(abs_topk), "cuda")):
+            leaf = view.to(device).detach().requires_grad_()
+            y = f(leaf, 40)
+            results.append((y.detach().cpu(), torch.autograd.grad(y, leaf, dy.to(device))[0].cpu()))
+        for result in results[1:]:
+            assert torch.equal(result[0], results[0][0]) and torch.equal(result[1], results[0][1])
+
+
+@needs_gpu
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("l0", [1.0, 0.4, 1 / 16])
+def test_gpu_prunes_as_a_cpu_does(l0, double):
+    """A whole model, also of a precision for which there is no kernel."""
+    config = GPTConfig(n_layer=2, d_model=256, vocab_size=300)
+    models = [GPT(config), GPT(config).cuda()]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        model.double() if double else model
+        model.prune_(l0)
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p, q.cpu()), name
+
+
+@needs_gpu
+@pytest.mark.parametrize("loss, compiled", [*((loss, False) for loss in SINK_LOSSES), ("all positions", True)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 3e-2), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("queries, keys", [(256, 256), (70, 70), (1, 33)])
+def test_gpu_sink_attention_and_its_gradients(queries, keys, dtype, tolerance, loss, compiled):
+    """On all code paths, against an explicit softmax in float64, as a fraction of the largest entry."""
+    g = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, queries, 16), (2, 3, keys, 16), (2, 3, keys, 16), (3,)]
+    inputs = [torch.randn(shape, generator=g).to(dtype).double() for shape in shapes]
+    dy = torch.randn(2, 3, queries, 16, generator=g).to(dtype).double()
+    q, k, v, b = (t.clone().requires_grad_() for t in inputs)
+    expected = torch.stack([plain_attention(q[:, h], k[:, h], v[:, h], b[h]) for h in range(3)], dim=1)
+    expected_gradients = torch.autograd.grad(SINK_LOSSES[loss](expected, dy), (q, k, v, b))
+    on_gpu = [t.cuda().to(torch.float32 if t.ndim == 1 else dtype).requires_grad_() for t in inputs]
+    torch._dynamo.reset()  # what the other cases compiled
+    f = torch.compile(sink_attention) if compiled else sink_attention
+    y = f(*on_gpu, 0.0)
+    assert_close(y.detach().cpu().double(), expected.detach(), tolerance)
+    gradients = torch.autograd.grad(SINK_LOSSES[loss](y, dy.cuda().to(dtype)), on_gpu)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert_close(gradient.cpu().double(), expected_gradient, tolerance)
+
+
+@needs_gpu
+@pytest.mark.parametrize("sinks", [True, False])
+def test_gpu_logits_and_gradients_are_those_of_a_cpu(sinks):
+    """In float32, without AbsTopK, whose choice among near equals would hang on the last bit."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # no TF32
+    model = tiny_model(d_model=64, d_head=16, block_size=64, activation_topk_fraction=1.0,
+                       use_attention_sinks=sinks)
+    twin = tiny_model(d_model=64, d_head=16, block_size=64, activation_topk_fraction=1.0,
+                      use_attention_sinks=sinks).cuda()
+    idx = some_tokens(4, 65)
+    logits, loss = model(idx[:, :-1], idx[:, 1:])
+    twin_logits, twin_loss = twin(idx[:, :-1].cuda(), idx[:, 1:].cuda())
+    loss.backward()
+    twin_loss.backward()
+    torch.set_float32_matmul_precision(precision)
+    assert_close(twin_logits.detach().cpu(), logits.detach(), 1e-4)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_close(q.grad.cpu(), p.grad, 1e-3)
+
+
+@needs_gpu
+def test_gpu_generation_equals_uncached():
+    """Token for token, past the end of the window too."""
+    model = tiny_model(activation_topk_fraction=0.5).cuda()
+    prompt = some_tokens(2, 5).cuda()
+    assert torch.equal(model.generate(prompt, 9, temperature=0), plain_greedy(model, prompt, 9))
+
+
+@needs_gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_gpu_trains_stops_resumes_and_samples(here, dtype):
+    """Compiled, in a process of its own: the loss falls, exactly k weights are left, and a run goes on."""
+    command = (f"train.py tiny.py --device=cuda --dtype={dtype} --compile=True --max_iters=60 --dropout=0 "
+               "--d_model=32 --d_head=16 --eval_interval=30 --log_sparsity_every_n_steps=1")
+    status, errors = finish(launch(command))
+    assert status == 0, errors
+    records = log()
+    losses = [record["val/loss"] for record in records if "val/loss" in record]
+    assert losses[-1] < losses[0] - 0.3
+    last = [record for record in records if "sparsity/nonzero" in record][-1]
+    sizes = [p.numel() for _, p, _ in train.model_of(checkpoint()).sparse_parameters()]
+    assert last["sparsity/nonzero"] == sum(n // 4 for n in sizes)
+    status, errors = finish(launch(command + " --max_iters=70 --init_from=resume"))
+    assert status == 0 and checkpoint()["step"] == 70, errors
+    status, errors = finish(launch("sample.py --num_samples=1 --max_new_tokens=20"))
+    assert status == 0 and read("stdout.txt"), errors

@@ -317,6 +317,12 @@ def tensor_group(name):
     return re.sub(r"transformer\.(h\.\d+\.)?|\.weight$", "", name)
 
 
+def kurtosis(x):
+    """Of each token's channels, x (..., d_model): (...). It is 3 if they are Gaussian."""
+    x = x - x.mean(-1, keepdim=True)
+    return x.pow(4).mean(-1) / x.square().mean(-1).square()
+
+
 def watch_activations(model):
     """Let every node site, and the final norm of its input, keep statistics of what passed through it last.
 
@@ -328,9 +334,7 @@ def watch_activations(model):
         module.statistics = torch.stack([x.count_nonzero() / x.numel(), x.square().mean().sqrt()])
 
     def watch_residual(module, inputs):
-        x = inputs[0].detach()[0].float()  # (T, d_model)
-        x = x - x.mean(-1, keepdim=True)
-        module.statistics = (x.pow(4).mean(-1) / x.square().mean(-1).square()).mean()
+        module.statistics = kurtosis(inputs[0].detach()[0].float()).mean()
 
     for _, module in model.sites():
         module.register_forward_hook(watch_site)
