@@ -49,9 +49,8 @@ def main():
     loss.plot(*curve(records, "loss"), color="0.75", linewidth=1, label="training batch")
     loss.plot(*curve(records, "val/loss"), color="C0", marker="o", markersize=4, label="validation")
     if beside:
-        other = read_log(os.path.join(beside, "log.jsonl"))
-        loss.plot(*curve(other, "val/loss"), color="0.3", marker="s", markersize=4, linestyle="--",
-                  label=f"validation, {os.path.basename(os.path.abspath(beside))}")
+        loss.plot(*curve(read_log(os.path.join(beside, "log.jsonl")), "val/loss"), color="0.3", marker="s",
+                  markersize=4, linestyle="--", label=f"validation of {beside}")
     loss.set_ylabel("loss (nats per token)")
     loss.legend(frameon=False)
     l0.plot(*curve(records, "sparsity/fraction"), color="C1", marker=".", markersize=4)

@@ -4,6 +4,7 @@ The oracles (plain_...) are slow, plain and share no code with what they check; 
 training, sampling and preparing call.
 """
 import ast
+import csv
 import errno
 import fcntl
 import gzip
@@ -37,11 +38,12 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+import plot
 import prepare
 import sample
 import train
 from configurator import configure, settings_of
-from experiments import look_inside
+from experiments import evaluate, look_inside
 from experiments import run as experiments
 from model import (
     GPT,
@@ -3572,8 +3574,63 @@ def test_a_look_inside(trained, tmp_path, monkeypatch):
         assert torch.equal(nodes.reads, block.mlp.c_fc.weight * block.ln_2.weight)
     monkeypatch.setattr(look_inside, "image", "inside.png")
     monkeypatch.setattr(sys, "argv", ["look_inside"])
+    monkeypatch.setattr(look_inside, "blocks", "1")
+    with pytest.raises(SystemExit):  # there is one block, number 0
+        look_inside.main()
+    monkeypatch.setattr(look_inside, "blocks", "0")
     look_inside.main()
     assert Path("inside.png").stat().st_size > 0
+
+
+def test_curves_are_drawn_beside_those_of_another_run(trained, tmp_path, monkeypatch):
+    """Its val loss is in the figure."""
+    monkeypatch.chdir(shutil.copytree(trained, tmp_path / "here"))
+    shutil.copytree("out", "other")
+    monkeypatch.setattr(plot, "beside", "other")
+    monkeypatch.setattr(sys, "argv", ["plot.py"])
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, path: figures.append(figure))
+    plot.main()
+    line = figures[0].axes[0].get_lines()[-1]
+    assert line.get_label() == "validation of other"
+    assert list(line.get_ydata()) == [record["val/loss"] for record in log("other") if "val/loss" in record]
+
+
+def test_evaluation_takes_all_windows_of_val_once(trained, tmp_path, monkeypatch, capsys):
+    """Loss and kurtosis are those of a plain loop over windows, and the standard errors their spread."""
+    monkeypatch.chdir(shutil.copytree(trained, tmp_path / "here"))
+    monkeypatch.setattr(sys, "argv", ["evaluate"])
+    monkeypatch.setattr(evaluate, "batch_size", 3)
+    evaluate.main()
+    found, bigrams = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    model = train.model_of(checkpoint()).eval()
+    val = torch.from_numpy(np.fromfile("data/tiny/val.bin", dtype="<u2").astype(np.int64))
+    T, losses, kurtoses = model.config.block_size, [], []
+    for start in range(0, len(val) - T, T):
+        idx, targets = val[None, start:start + T], val[None, start + 1:start + T + 1]
+        with torch.no_grad():
+            losses.append(model(idx, targets)[1].item())
+            x = model.residual_stream(idx)[0].double()
+        z = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True, correction=0)
+        kurtoses.append((z ** 4).mean().item())
+    assert float(found["val_loss"]) == pytest.approx(np.mean(losses), abs=1e-4)
+    assert float(found["val_loss_se"]) == pytest.approx(np.std(losses, ddof=1) / len(losses) ** 0.5, abs=1e-4)
+    assert float(found["kurtosis"]) == pytest.approx(np.mean(kurtoses), abs=1e-2)
+    assert found["nonzero"] == str(sum(p.count_nonzero().item() for _, p, _ in model.sparse_parameters()))
+    assert 0 < float(bigrams["val_loss"]) < math.log(257)
+
+
+def test_counted_bigrams_are_a_distribution(here):
+    """Over all tokens that may follow they sum to one, and more counts than smoothing follow the counts."""
+    data = train.load_data("data/tiny", 16)
+    V, first = data.meta["vocab_size"], data.train[0]
+    losses = []
+    for second in range(V):
+        data.val = np.array([first, second], dtype=np.uint16)
+        losses.append(evaluate.bigram_loss(data, strength=10))
+    assert sum(math.exp(-loss) for loss in losses) == pytest.approx(1)
+    followers = np.bincount(data.train[1:][data.train[:-1] == first], minlength=V)
+    assert np.argmin(losses) == followers.argmax()
 
 
 # ----------------------------------------------------------------------------------------------------------

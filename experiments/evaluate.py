@@ -1,6 +1,6 @@
 """Measure trained models on all of val, and print a CSV: a row for each, and one for counting bigrams.
 
-    python -m experiments.evaluate --out_dirs=out/sparse,out/dense > experiments/real.csv
+    python -m experiments.evaluate --out_dirs=out/one_gpu,out/one_gpu_dense
 
 All windows of val are taken, without overlap. A standard error is over windows: it says how much another val
 split of the same kind would move the figure, not another seed.

@@ -23,6 +23,7 @@ from prepare import load_tokenizer
 
 out_dir = "out"  # of the training run
 image = ""  # where to write the figure; '': out_dir/inside.png
+blocks = ""  # to show, their numbers by commas; '': all
 windows = 64  # of val, that activations are measured on
 weights = 5  # to show on either side of a node
 texts = 3  # to show under a node
@@ -120,12 +121,15 @@ def draw_side(axis, strengths, name, side):
 
 
 @torch.no_grad()
-def draw(figure, model, tokenizer, idx):
+def draw(figure, model, tokenizer, idx, shown):
+    """Draw the strongest nodes of the blocks whose numbers are in `shown`."""
     found = measure(model, idx)
     tokens_in = model.transformer.wte.weight
     tokens_out = model.lm_head.weight * model.transformer.ln_f.weight
-    for i, (axis, nodes) in enumerate(zip(figure.subplots(len(found), 1), found, strict=True)):
-        node, block = nodes.strongest(), i // 2
+    chosen = [i for i in range(len(found)) if i // 2 in shown]
+    for i, axis in zip(chosen, figure.subplots(len(chosen), 1), strict=True):
+        nodes, block = found[i], i // 2
+        node = nodes.strongest()
         before = [(n.name, n.writes * n.written) for n in found[:i]]
         after = [(n.name, n.reads.T) for n in found[i + 1:]]
         for later in range(block + 1, len(model.transformer.h)):
@@ -156,8 +160,14 @@ def main():
         fail(f"{folder} has another tokenizer than the model was trained with: prepare that data again")
     starts = np.linspace(0, len(data.val) - T, windows).astype(int)
     idx = torch.from_numpy(np.stack([data.val[s:s + T] for s in starts]).astype(np.int64))
-    figure = plot.plt.figure(figsize=(13, 5.2 * len(model.transformer.h)), layout="constrained")
-    draw(figure, model, load_tokenizer(os.path.join(folder, "tokenizer.json")), idx)
+    shown = set(range(len(model.transformer.h)))
+    if blocks:
+        numbers = [number.strip() for number in blocks.split(",")]
+        if not set(numbers) <= set(map(str, shown)):
+            fail(f"blocks={blocks!r} must be numbers from 0 to {len(shown) - 1}, by commas")
+        shown = set(map(int, numbers))
+    figure = plot.plt.figure(figsize=(13, 5.2 * len(shown)), layout="constrained")
+    draw(figure, model, load_tokenizer(os.path.join(folder, "tokenizer.json")), idx, shown)
     plot.save(figure, image or os.path.join(out_dir, "inside.png"))
 
 

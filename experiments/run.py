@@ -108,6 +108,7 @@ class Runs:
 
     def add(self, flags, rate, seed, record):
         record = {"flags": flags, "learning_rate": rate, "seed": seed, **record}
+        record = {name: str(value) for name, value in record.items()}  # as they are read from the file
         with self.lock:
             is_new = not os.path.exists(PATH)
             with open(PATH, "a", encoding="utf-8", newline="") as f:
