@@ -49,9 +49,10 @@ def keep_largest(x, k):
     kept, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
     block = triton.next_power_of_2(n)
     if x.numel():
-        keep_largest_kernel[(x.numel() // n,)](
-            x.view(integer), kept.view(integer), mask, n, k, BITS=8 * x.itemsize - 1, BLOCK=block,
-            INT=tl.int64 if x.itemsize == 8 else tl.int32, num_warps=max(1, min(16, block // 512)))
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            keep_largest_kernel[(x.numel() // n,)](
+                x.view(integer), kept.view(integer), mask, n, k, BITS=8 * x.itemsize - 1, BLOCK=block,
+                INT=tl.int64 if x.itemsize == 8 else tl.int32, num_warps=max(1, min(16, block // 512)))
     return kept, mask
 
 
@@ -95,21 +96,22 @@ def prune_(tensors):
     device = tensors[0][0].device
 
     def to_device(values):  # without waiting for what the GPU is busy with
-        values = torch.tensor(values, dtype=torch.int32, pin_memory=device.type == "cuda")
-        return values.to(device, non_blocking=True)
+        return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
     blocks = [triton.cdiv(p.numel(), BLOCK) for p, *_ in tensors]
-    matrix_of_block = to_device([i for i, n in enumerate(blocks) for _ in range(n)])
-    k = to_device([[k] for _, k, *_ in tensors])
+    matrices = torch.arange(len(tensors), dtype=torch.int32)
+    matrix_of_block = to_device(matrices.repeat_interleave(torch.tensor(blocks)))
+    k = to_device(torch.tensor([[k] for _, k, *_ in tensors]))
     bits = torch.full((sum(blocks) * BLOCK,), -1, dtype=torch.int32, device=device)
     views = [part[:p.numel()].view_as(p) for part, (p, *_) in
              zip(bits.split([n * BLOCK for n in blocks]), tensors, strict=True)]
     for (p, _, j, neuron_dim), view in zip(tensors, views, strict=True):
         if j:
             n = p.size(1 - neuron_dim)
-            magnitudes_kernel[(p.size(neuron_dim),)](
-                p.view(torch.int32), view, n, p.stride(neuron_dim), p.stride(1 - neuron_dim), J=j,
-                LARGEST=LARGEST, BLOCK=triton.next_power_of_2(n))
+            with torch.cuda.device_of(p):
+                magnitudes_kernel[(p.size(neuron_dim),)](
+                    p.view(torch.int32), view, n, p.stride(neuron_dim), p.stride(1 - neuron_dim), J=j,
+                    LARGEST=LARGEST, BLOCK=triton.next_power_of_2(n))
         else:
             torch.bitwise_and(p.view(torch.int32), LARGEST, out=view)
 
@@ -117,8 +119,9 @@ def prune_(tensors):
     for shift in range(32 - DIGIT, -1, -DIGIT):
         digits = min(2**DIGIT, 2**(31 - shift))  # the first of the 32 bits is the sign's
         counts = torch.zeros(len(tensors), digits, dtype=torch.int32, device=device)
-        count_kernel[(len(matrix_of_block),)](bits, matrix_of_block, kth, counts, 2**shift, DIGITS=digits,
-                                              BLOCK=BLOCK, num_warps=8)
+        with torch.cuda.device_of(bits):
+            count_kernel[(len(matrix_of_block),)](bits, matrix_of_block, kth, counts, 2**shift, DIGITS=digits,
+                                                  BLOCK=BLOCK, num_warps=8)
         digit = (counts >= k).sum(1, keepdim=True) - 1  # the counts fall as the digit grows
         kth += digit.int() * 2**shift
     for (p, *_), view, threshold in zip(tensors, views, kth, strict=True):
