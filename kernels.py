@@ -2,7 +2,8 @@
 
 Both take magnitudes as integers, which keep the order of the floats that have these bits, and find the k-th
 largest from its highest bit down, by counting how many entries are at least so large. Exactly k are kept,
-the lower index first among equals. model.py imports this on a GPU alone: a CPU's PyTorch has no Triton.
+the lower index first among equals. They run on the current device. model.py imports this on a GPU alone: a
+CPU's PyTorch has no Triton.
 """
 import torch
 import triton
@@ -49,10 +50,9 @@ def keep_largest(x, k):
     kept, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
     block = triton.next_power_of_2(n)
     if x.numel():
-        with torch.cuda.device_of(x):  # Triton launches on the current device
-            keep_largest_kernel[(x.numel() // n,)](
-                x.view(integer), kept.view(integer), mask, n, k, BITS=8 * x.itemsize - 1, BLOCK=block,
-                INT=tl.int64 if x.itemsize == 8 else tl.int32, num_warps=max(1, min(16, block // 512)))
+        keep_largest_kernel[(x.numel() // n,)](
+            x.view(integer), kept.view(integer), mask, n, k, BITS=8 * x.itemsize - 1, BLOCK=block,
+            INT=tl.int64 if x.itemsize == 8 else tl.int32, num_warps=max(1, min(16, block // 512)))
     return kept, mask
 
 
@@ -108,10 +108,9 @@ def prune_(tensors):
     for (p, _, j, neuron_dim), view in zip(tensors, views, strict=True):
         if j:
             n = p.size(1 - neuron_dim)
-            with torch.cuda.device_of(p):
-                magnitudes_kernel[(p.size(neuron_dim),)](
-                    p.view(torch.int32), view, n, p.stride(neuron_dim), p.stride(1 - neuron_dim), J=j,
-                    LARGEST=LARGEST, BLOCK=triton.next_power_of_2(n))
+            magnitudes_kernel[(p.size(neuron_dim),)](
+                p.view(torch.int32), view, n, p.stride(neuron_dim), p.stride(1 - neuron_dim), J=j,
+                LARGEST=LARGEST, BLOCK=triton.next_power_of_2(n))
         else:
             torch.bitwise_and(p.view(torch.int32), LARGEST, out=view)
 
@@ -119,9 +118,8 @@ def prune_(tensors):
     for shift in range(32 - DIGIT, -1, -DIGIT):
         digits = min(2**DIGIT, 2**(31 - shift))  # the first of the 32 bits is the sign's
         counts = torch.zeros(len(tensors), digits, dtype=torch.int32, device=device)
-        with torch.cuda.device_of(bits):
-            count_kernel[(len(matrix_of_block),)](bits, matrix_of_block, kth, counts, 2**shift, DIGITS=digits,
-                                                  BLOCK=BLOCK, num_warps=8)
+        count_kernel[(len(matrix_of_block),)](bits, matrix_of_block, kth, counts, 2**shift, DIGITS=digits,
+                                              BLOCK=BLOCK, num_warps=8)
         digit = (counts >= k).sum(1, keepdim=True) - 1  # the counts fall as the digit grows
         kth += digit.int() * 2**shift
     for (p, *_), view, threshold in zip(tensors, views, kth, strict=True):

@@ -103,7 +103,8 @@ zero_where_not.register_fake(lambda mask, x: torch.empty_like(x))
 def keep_largest_on_gpu(x, k):
     import kernels  # and with it Triton, which a CPU's PyTorch does not have
 
-    return kernels.keep_largest(x, k)
+    with torch.cuda.device_of(x):
+        return kernels.keep_largest(x, k)
 
 
 def gradient_of_keep_largest(ctx, dy, _):
@@ -613,7 +614,8 @@ class GPT(nn.Module):
         elif all(p.is_cuda and p.dtype == torch.float32 for p, *_ in tensors):
             import kernels
 
-            kernels.prune_(tensors)
+            with torch.cuda.device_of(tensors[0][0]):
+                kernels.prune_(tensors)
         else:
             for tensor in tensors:
                 prune_by_topk_(*tensor)
