@@ -2,8 +2,9 @@
 
     python -m experiments.evaluate --out_dirs=out/one_gpu,out/one_gpu_dense
 
-All windows of val are taken, without overlap. A standard error is over windows: it says how much another val
-split of the same kind would move the figure, not another seed.
+All windows of val are taken, without overlap. A standard error is over windows as if they were independent,
+though those of a file are alike: it is a lower bound on what another val split would change, and says nothing
+of another seed. The smoothing of the bigrams is the best of three on val itself, in their favour.
 """
 import csv
 import math
