@@ -3514,7 +3514,7 @@ def test_the_rate_with_most_seeds_is_reported(recorded):
     """One run of another rate, even if it is better, does not stand for three."""
     runs = experiments.Runs()
     experiments.run_missing(runs, [("--eps=9.0", 0.009, seed) for seed in (1, 2, 3)] + [("--eps=9.0", 0.0045, 1)])
-    assert [row["learning_rate"] for row in runs.reported("--eps=9.0")] == [0.009] * 3
+    assert [float(row["learning_rate"]) for row in runs.reported("--eps=9.0")] == [0.009] * 3
 
 
 def test_the_scaling_runs_fit_and_are_drawn(recorded, tmp_path):
