@@ -693,17 +693,19 @@ def test_eight_steps_equal_the_plain_recipe(choose, seed):
     model = random_model(seed)
     j = rng.randint(0, 4)
     smallest = model.smallest_l0(j) or 0.05
-    choose(target_l0_fraction=rng.choice((1.0, smallest, rng.uniform(smallest, 1))), min_weights_per_neuron=j,
-           sparsity_anneal_start_fraction=0.125, sparsity_anneal_end_fraction=0.75, max_iters=8, seed=seed,
-           sparsify_biases=rng.random() < 0.7, grad_clip_rms=rng.choice((1.0, 1.0, 0.5, 0.0)), batch_size=2,
-           block_size=8, gradient_accumulation_steps=rng.choice((1, 2)), learning_rate=0.05, weight_decay=0.5,
+    choose(target_l0_fraction=rng.choice((1.0, smallest, rng.uniform(smallest, 1))),
+           min_weights_per_neuron=j, sparsity_anneal_start_fraction=0.125, sparsity_anneal_end_fraction=0.75,
+           max_iters=8, seed=seed, sparsify_biases=rng.random() < 0.7,
+           grad_clip_rms=rng.choice((1.0, 1.0, 0.5, 0.0)), batch_size=2, block_size=8,
+           gradient_accumulation_steps=rng.choice((1, 2)), learning_rate=0.05, weight_decay=0.5,
            warmup_fraction=rng.choice((0.0, 0.25)), use_sharkfin_schedule=rng.random() < 0.7)
     tokens = np.random.default_rng(seed).integers(model.config.vocab_size, size=500).astype(np.uint16)
     data = train.Data(train=tokens, val=tokens, meta={}, tokenizer="")
     optimizer = train.build_optimizer(model)
     weights, moments = arrays_of(model), {}
     for step in range(8):
-        batches = [train.training_batch(data, step, m, CPU) for m in range(train.gradient_accumulation_steps)]
+        batches = [train.training_batch(data, step, micro_step, CPU)
+                   for micro_step in range(train.gradient_accumulation_steps)]
         expected_loss, gradients = plain_gradients(weights, model.config, batches)
         expected_rms = plain_step(weights, moments, gradients, step)
 
@@ -1465,8 +1467,8 @@ def test_what_is_written_fits_the_released_loader(released, changes):
     assert set(config) == {
         "block_size", "vocab_size", "n_layer", "n_head", "d_head", "d_model", "dropout", "bias", "ln_bias",
         "rms_norm", "residual_activation_type", "activation_type", "afrac", "afrac_loctypes", "debug_nans",
-        "tied_unembed", "tokenizer_name", "grad_checkpointing", "d_mlp", "enable_bigram_table", "learnable_bigram_table",
-        "d_pos_emb", "flash", "sink", "bigram_table_rank"}
+        "tied_unembed", "tokenizer_name", "grad_checkpointing", "d_mlp", "enable_bigram_table",
+        "learnable_bigram_table", "d_pos_emb", "flash", "sink", "bigram_table_rank"}
     C, V, M = config["d_model"], config["vocab_size"], config["d_mlp"]
     W = config["n_head"] * config["d_head"]
     shapes = {"transformer.wte.weight": (V, C), "transformer.wpe.weight": (config["block_size"], C),
@@ -1676,7 +1678,8 @@ def byte_tokenizer(eot, pattern=r"[\s\S]", missing=()):
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 @hypothesis_settings(max_examples=15, deadline=None)
-@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)))
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"),
+                              min_size=1)))
 def test_any_text_survives_the_round_trip_through_bins_and_tokenizer(tokenizer, texts):
     """Decoding the bins with tokenizer.json alone gives every document back, in order, in one of the
     bins."""
@@ -1891,8 +1894,8 @@ def test_documents_that_cannot_be_used_are_skipped_and_counted(tmp_path, capsys)
     (folder / "cut.parquet").write_bytes(b"PAR1 and no more")
     (folder / "spaces.txt").write_bytes(b" " * 5_000_000)
     (folder / "picture.png").write_bytes(b"PNG")
-    write_jsonl(folder / "rows.jsonl", [{"text": None}, '{"text": "cut', "[1, 2]", {"text": 5}, {"other": ""},
-                                        "", '{"text": "\\ud800"}', {"text": "good"}])
+    write_jsonl(folder / "rows.jsonl", [{"text": None}, '{"text": "cut', "[1, 2]", {"text": 5},
+                                        {"other": ""}, "", '{"text": "\\ud800"}', {"text": "good"}])
     prepare.save_tokenizer(byte_tokenizer(256, pattern=r"\s+(?!\S)|\s+|\S+"), tmp_path / "t.json")
     out = run_prepare(tmp_path, f"--dataset={folder}/*", f"--tokenizer={tmp_path}/t.json")
     train, val = parts(out)
@@ -2055,7 +2058,8 @@ BAD_PREPARE = [  # what is wrong, the arguments ({tmp} holds the files above), w
     ("splits of local files", ["--val_split=test"], ["Hugging Face"]),
     ("unknown format", ["--dataset={tmp}/table.csv"], ["no usable document", "1 unknown format", ".jsonl"]),
     ("nothing usable", ["--dataset={tmp}/nothing.jsonl"], ["no usable document", "1 binary, 1 empty"]),
-    ("nothing to validate on", ["--dataset={tmp}/one.txt", "--val_fraction=0.001"], ["raise --val_fraction"]),
+    ("nothing to validate on", ["--dataset={tmp}/one.txt", "--val_fraction=0.001"],
+     ["raise --val_fraction"]),
     ("nothing to train on", ["--dataset={tmp}/one.txt", "--val_fraction=0.999"], ["lower --val_fraction"]),
     ("empty validation split", ["--dataset={tmp}/copy", "--val_split=test"], ["another --val_split"]),
     ("val_fraction of 0", ["--val_fraction=0"], ["val_fraction=0.0", "between"]),
@@ -2516,7 +2520,7 @@ def test_a_new_run_moves_an_old_one_aside(here):
 
 
 def test_two_runs_do_not_share_an_out_dir(here, capsys):
-    """While one run writes there, another ends with one line, and changes nothing; afterwards it may go on."""
+    """While one run writes there, another ends with one line, and changes nothing; then it may go on."""
     assert run("train.py tiny.py --max_iters=4") == 0
     before = tree("out")
     with open("out/lock", "w") as lock:
@@ -3513,7 +3517,8 @@ def test_the_best_rate_lies_between_two_others(recorded, monkeypatch):
 def test_the_rate_with_most_seeds_is_reported(recorded):
     """One run of another rate, even if it is better, does not stand for three."""
     runs = experiments.Runs()
-    experiments.run_missing(runs, [("--eps=9.0", 0.009, seed) for seed in (1, 2, 3)] + [("--eps=9.0", 0.0045, 1)])
+    experiments.run_missing(runs, [("--eps=9.0", rate, seed) for rate, seed in
+                                   ((0.009, 1), (0.009, 2), (0.009, 3), (0.0045, 1))])
     assert [float(row["learning_rate"]) for row in runs.reported("--eps=9.0")] == [0.009] * 3
 
 
@@ -3522,7 +3527,8 @@ def test_the_scaling_runs_fit_and_are_drawn(recorded, tmp_path):
     runs = experiments.Runs()
     experiments.run_scaling(runs)
     models = {flags for flags, _, _ in recorded}
-    assert len(models) == sum(len(experiments.sparse_models(d)) for d in experiments.WIDTHS) + 4
+    assert models == {flags for line in experiments.scaling_lines().values() for flags in line}
+    assert [len(line) for line in experiments.scaling_lines().values()] == [4, 5, 4, 4, 3, 3, 2]
     assert all({(flags, 0.018, seed) for seed in (1, 2, 3)} <= set(recorded) for flags in models)
     experiments.draw_scaling(runs)
     assert (tmp_path / "figure.png").stat().st_size > 0
@@ -3614,7 +3620,8 @@ def test_evaluation_takes_all_windows_of_val_once(trained, tmp_path, monkeypatch
         z = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True, correction=0)
         kurtoses.append((z ** 4).mean().item())
     assert float(found["val_loss"]) == pytest.approx(np.mean(losses), abs=1e-4)
-    assert float(found["val_loss_se"]) == pytest.approx(np.std(losses, ddof=1) / len(losses) ** 0.5, abs=1e-4)
+    standard_error = np.std(losses, ddof=1) / len(losses) ** 0.5
+    assert float(found["val_loss_se"]) == pytest.approx(standard_error, abs=1e-4)
     assert float(found["kurtosis"]) == pytest.approx(np.mean(kurtoses), abs=1e-2)
     assert found["nonzero"] == str(sum(p.count_nonzero().item() for _, p, _ in model.sparse_parameters()))
     assert 0 < float(bigrams["val_loss"]) < math.log(257)
@@ -3634,7 +3641,7 @@ def test_counted_bigrams_are_a_distribution(here):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# on a GPU. The kernels themselves also without one: TRITON_INTERPRET=1 pytest -k triton, with Triton installed
+# on a GPU. The kernels also without one: TRITON_INTERPRET=1 pytest -k triton, where Triton is installed
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -3715,7 +3722,8 @@ def test_gpu_prunes_as_a_cpu_does(l0, double):
 
 
 @needs_gpu
-@pytest.mark.parametrize("loss, compiled", [*((loss, False) for loss in SINK_LOSSES), ("all positions", True)])
+@pytest.mark.parametrize("loss, compiled",
+                         [*((loss, False) for loss in SINK_LOSSES), ("all positions", True)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 3e-2), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("queries, keys", [(256, 256), (70, 70), (1, 33)])
 def test_gpu_sink_attention_and_its_gradients(queries, keys, dtype, tolerance, loss, compiled):

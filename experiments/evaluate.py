@@ -2,9 +2,10 @@
 
     python -m experiments.evaluate --out_dirs=out/one_gpu,out/one_gpu_dense
 
-All windows of val are taken, without overlap. A standard error is over windows as if they were independent,
-though those of a file are alike: it is a lower bound on what another val split would change, and says nothing
-of another seed. The smoothing of the bigrams is the best of three on val itself, in their favour.
+All windows of val are taken, without overlap. A standard error is over windows as if they were
+independent, though those of a file are alike: it is a lower bound on what another val split would change,
+and says nothing of another seed. The smoothing of the bigrams is the best of three on val itself, in their
+favour.
 """
 import csv
 import math
@@ -73,8 +74,8 @@ def main():
         train.block_size = model.config.block_size
         data = train.load_data(os.path.join("data", saved["settings"]["dataset"]), train.block_size)
         if data.meta["tokenizer_sha256"] != saved["tokenizer_sha256"]:
-            fail(f"data/{saved['settings']['dataset']} has another tokenizer than the model of {out_dir} was "
-                 "trained with: prepare that data again")
+            fail(f"data/{saved['settings']['dataset']} has another tokenizer than the model of {out_dir} "
+                 "was trained with: prepare that data again")
         losses, kurtoses = measure(model, data, place)
         sparsity = train.sparsity_statistics(model, saved["step"])
         writer.writerow({

@@ -143,8 +143,8 @@ def draw(figure, model, tokenizer, idx, shown):
             y = 0.16 - 0.1 * line
             style = {"fontsize": 7.5, "family": "monospace", "va": "center", "parse_math": False}
             axis.text(0.497, y, left, ha="right", **style)
-            shown = axis.text(0.5, y, token, backgroundcolor="#ffe08a", **style)
-            axis.annotate(f"{right}   ({strength:+.1f})", (1, 0.5), xycoords=shown, xytext=(3, 0),
+            marked = axis.text(0.5, y, token, backgroundcolor="#ffe08a", **style)
+            axis.annotate(f"{right}   ({strength:+.1f})", (1, 0.5), xycoords=marked, xytext=(3, 0),
                           textcoords="offset points", **style)
         axis.set(xlim=(0, 1), ylim=(-0.15, 1.05))
         axis.axis("off")

@@ -224,42 +224,56 @@ def print_ablations(runs):
 WIDTHS = (64, 128, 320)  # d_model: 17-fold in parameters
 LEVELS = (20_000, 40_000, 80_000, 160_000, 320_000)  # nonzero weights
 DENSE_WIDTHS = (16, 32, 64, 96)
-DENSE_FLAGS = "--target_l0_fraction=1.0 --activation_topk_fraction=1.0"
+DENSE = "--target_l0_fraction=1.0 --activation_topk_fraction=1.0"
 TUNED_AT = 80_000  # nonzero weights, for all levels of a width
+# does the order of the widths change in longer training?
+LONGER = "--max_iters=3200 --eval_interval=3200"
+LONGER_WIDTHS, LONGER_LEVELS, LONGER_DENSE_WIDTHS = (64, 128), (40_000, 80_000, 160_000), (32, 64)
 
 
-def sparse_models(d_model):
+def sparse_models(d_model, levels=LEVELS):
     """Flags of the models of a width, by their number of nonzero weights."""
     model = GPT(GPTConfig(n_layer=2, d_model=d_model, vocab_size=512, use_bigram_table=False))
     total = sum(p.numel() for p in model.decayed_parameters())
-    return {n: f"--d_model={d_model} --target_l0_fraction={n / total:.6f}" for n in LEVELS
+    return {n: f"--d_model={d_model} --target_l0_fraction={n / total:.6f}" for n in levels
             if model.smallest_l0() <= n / total < 1}
 
 
+def scaling_lines():
+    """The lines of the figure by label. A line: the flags of its models, each with those it is tuned at."""
+    lines = {}
+    for widths, levels, dense_widths, label, more in (
+        (WIDTHS, LEVELS, DENSE_WIDTHS, "", ""),
+        (LONGER_WIDTHS, LONGER_LEVELS, LONGER_DENSE_WIDTHS, ", 4 times the steps", f" {LONGER}"),
+    ):
+        for d_model in widths:
+            models = {n: flags + more for n, flags in sparse_models(d_model, levels).items()}
+            lines[f"d_model {d_model}{label}"] = {flags: models[TUNED_AT] for flags in models.values()}
+        models = [f"--d_model={d_model} {DENSE}{more}" for d_model in dense_widths]
+        lines[f"dense{label}"] = {flags: flags for flags in models}
+    return lines
+
+
 def run_scaling(runs):
-    """Tune the learning rate of every width at one level, and of every dense model; then run all seeds."""
-    dense = [f"--d_model={d_model} {DENSE_FLAGS}" for d_model in DENSE_WIDTHS]
-    sparse = [sparse_models(d_model) for d_model in WIDTHS]
-    tune(runs, dense + [models[TUNED_AT] for models in sparse])
-    chosen = {flags: runs.rates(models[TUNED_AT])[0] for models in sparse for flags in models.values()}
-    chosen |= {flags: runs.rates(flags)[0] for flags in dense}
-    run_missing(runs, [(flags, rate, seed) for seed in SEEDS for flags, rate in chosen.items()])
+    """Tune the learning rates, then run all seeds."""
+    tuned_at = {flags: at for line in scaling_lines().values() for flags, at in line.items()}
+    tune(runs, dict.fromkeys(tuned_at.values()))
+    run_missing(runs, [(flags, runs.rates(at)[0], seed) for seed in SEEDS for flags, at in tuned_at.items()])
 
 
 def draw_scaling(runs):
-    """Val loss against nonzero weights, a line for each width and one for the dense models."""
+    """Val loss against nonzero weights: a color for each width, dashes for the longer runs."""
     import plot  # and matplotlib: a run has no need of it
 
-    lines = {f"d_model {d_model}": sparse_models(d_model).values() for d_model in WIDTHS}
-    lines["dense, d_model 16 to 96"] = [f"--d_model={d_model} {DENSE_FLAGS}" for d_model in DENSE_WIDTHS]
+    colors = {f"d_model {d_model}": f"C{i}" for i, d_model in enumerate(WIDTHS)} | {"dense": "0.4"}
     figure, axis = plot.plt.subplots(figsize=(7, 4.5))
-    for label, models in lines.items():
-        points = [runs.reported(flags) for flags in models if runs.reported(flags)]
+    for label, models in scaling_lines().items():
+        points = [rows for rows in map(runs.reported, models) if rows]
         values = [list(losses(rows).values()) for rows in points]
         axis.errorbar([np.mean([float(row["nonzero"]) for row in rows]) for rows in points],
                       [np.mean(v) for v in values], [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values],
-                      marker="o", markersize=4, capsize=3, label=label,
-                      **({"color": "0.4", "linestyle": "--"} if "dense" in label else {}))
+                      marker="o", markersize=4, capsize=3, label=label, color=colors[label.split(",")[0]],
+                      linestyle="--" if "," in label else "-")
     axis.set(xscale="log", xlabel="nonzero weights and biases, bigram table aside",
              ylabel="val loss (nats per token)")
     axis.spines[["top", "right"]].set_visible(False)
