@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from configurator import configure
+from configurator import configure, fail
 from model import GPT, AbsTopK, GPTConfig, causal_attention, sink_attention
 
 only = ""  # measure the rows whose name contains this; '': all
@@ -301,6 +301,8 @@ def bench_first_step(place):
 
 def main():
     configure(globals())
+    if repeats < 1:
+        fail(f"repeats={repeats} must be at least 1")
     place = train.find_place(device, dtype)
     name = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else "CPU"
     print(f"{name}, {torch.get_num_threads()} threads, {place.dtype}, torch {torch.__version__}, "

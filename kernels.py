@@ -2,8 +2,8 @@
 
 Both take magnitudes as integers, which keep the order of the floats that have these bits, and find the k-th
 largest from its highest bit down, by counting how many entries are at least so large. Exactly k are kept,
-the lower index first among equals. They run on the current device. model.py imports this on a GPU alone: a
-CPU's PyTorch has no Triton.
+the lower index first among equals. They run on the current device. model.py imports this only where there is
+a GPU and Triton, and a C compiler for it.
 """
 import torch
 import triton
@@ -92,7 +92,11 @@ def count_kernel(bits, matrix_of_block, kth, counts, step, DIGITS: tl.constexpr,
 
 
 def prune_(tensors):
-    """Prune a list of (p, k, j, neuron_dim) in place, as model.prune_by_topk_ does each; p: float32."""
+    """Prune a list of (p, k, j, neuron_dim) in place, as model.prune_by_topk_ does each.
+
+    p: float32, contiguous. Only the search for equals, at the end, waits for the GPU.
+    """
+    assert all(p.is_contiguous() for p, *_ in tensors), "the magnitudes are laid out as contiguous matrices"
     device = tensors[0][0].device
 
     def to_device(values):  # without waiting for what the GPU is busy with

@@ -8,9 +8,12 @@ every optimizer step.
 
 Read from the top: each part is built from those above it. The format of the released models comes last.
 """
+import importlib.util
 import json
 import math
 import os
+import shutil
+import sysconfig
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -99,9 +102,22 @@ keep_largest.register_fake(lambda x, k: (torch.empty_like(x), torch.empty_like(x
 zero_where_not.register_fake(lambda mask, x: torch.empty_like(x))
 
 
+def has_compiler(device_type):
+    """Whether there is what torch.compile and Triton need: a compiler for the device, and Python.h."""
+    compiler = os.environ.get("CXX", "g++") if device_type == "cpu" else os.environ.get("CC", "gcc")
+    return bool(shutil.which(compiler)) and os.path.exists(
+        os.path.join(sysconfig.get_path("include"), "Python.h"))
+
+
+HAS_TRITON = has_compiler("cuda") and importlib.util.find_spec("triton") is not None
+
+
 @keep_largest.register_kernel("cuda")
 def keep_largest_on_gpu(x, k):
-    import kernels  # and with it Triton, which a CPU's PyTorch does not have
+    if not HAS_TRITON:
+        mask = largest_by_topk(x, k)
+        return torch.where(mask, x, 0.0), mask
+    import kernels
 
     with torch.cuda.device_of(x):
         return kernels.keep_largest(x, k)
@@ -210,7 +226,7 @@ def gradients_of_softmax_attention(dy, q, k, v, y, lse, tensors, others):
 
 
 class FusedSinkAttention(torch.autograd.Function):
-    """`sink_attention` at nearly the price of plain causal attention.
+    """`sink_attention` by the kernels of plain causal attention, on a CPU at nearly its price.
 
     Fused attention gives y = sum(exp(s) v) / Z and lse = log Z, with Z = sum(exp(s)). A sink adds exp(b):
 
@@ -246,7 +262,8 @@ def sink_attention(q, k, v, sink_logit, dropout_p):
     nothing.
     """
     d_head, queries = q.size(-1), q.size(2)
-    for_cudnn = q.is_cuda and q.dtype == torch.bfloat16 and d_head % 8 == 0 and queries > 1
+    for_cudnn = (q.is_cuda and q.dtype == torch.bfloat16 and d_head % 8 == 0 and d_head <= 128
+                 and queries > 1)  # what cuDNN's kernels can do
     if dropout_p == 0.0 and (q.is_cpu or (for_cudnn and torch.version.cuda)):
         return FusedSinkAttention.apply(q, k, v, sink_logit)
     b = sink_logit.view(1, -1, 1, 1).expand(q.size(0), -1, 1, 1)
@@ -272,7 +289,12 @@ class KVCache:
         self.length = 0
 
     def extend(self, k, v):
-        """Append k, v (B, n_head, T, d_head); return all that are held, the new ones last."""
+        """Append k, v (B, n_head, T, d_head); return all that are held, the new ones last.
+
+        Raises ValueError for several tokens after others: causal masks here start at the first key.
+        """
+        if self.length and k.size(2) > 1:
+            raise ValueError("a cache that holds tokens is continued by one token at a time")
         if self.length == 0:
             B, n_head, _, d_head = k.shape
             self.k, self.v = k.new_empty(2, B, n_head, self.block_size, d_head)
@@ -535,7 +557,11 @@ class GPT(nn.Module):
         return logits, loss
 
     def residual_stream(self, idx, caches=None):
-        """The residual stream after the last block (B, T, d_model). With `caches`, idx continues theirs."""
+        """The residual stream after the last block (B, T, d_model).
+
+        With `caches`, one for each block, idx continues what they hold: any number of tokens if that is
+        nothing, else one.
+        """
         start = caches[0].length if caches else 0
         T = idx.size(1)
         if start + T > self.config.block_size:
@@ -611,7 +637,7 @@ class GPT(nn.Module):
                 tensors.append((p.detach(), k, j, neuron_dim))
         if all(p.is_cpu for p, *_ in tensors):
             list(workers.map(lambda tensor: prune_by_partition_(*tensor), tensors))
-        elif all(p.is_cuda and p.dtype == torch.float32 for p, *_ in tensors):
+        elif HAS_TRITON and all(p.is_cuda and p.dtype == torch.float32 for p, *_ in tensors):
             import kernels
 
             with torch.cuda.device_of(tensors[0][0]):

@@ -4,6 +4,7 @@ The oracles (plain_...) are slow, plain and share no code with what they check; 
 training, sampling and preparing call.
 """
 import ast
+import collections
 import csv
 import errno
 import fcntl
@@ -50,6 +51,7 @@ from model import (
     LOCATIONS,
     AbsTopK,
     GPTConfig,
+    KVCache,
     SparseLinear,
     abs_topk,
     keep_largest,
@@ -1044,6 +1046,17 @@ def test_cached_generation_equals_uncached(positions, sinks, prompt_length):
     assert torch.equal(model.generate(prompt, 20, temperature=0), expected)
     different = max(len(set(row[prompt_length:].tolist())) for row in expected)
     assert different > 2, "a test on a constant text shows little"
+
+
+def test_a_cache_is_continued_by_one_token():
+    """Where several would be masked wrongly, there is an error."""
+    model, idx = tiny_model(), some_tokens(2, 6)
+    caches = [KVCache(8) for _ in model.transformer.h]
+    with torch.no_grad():
+        x = torch.cat([model.residual_stream(part, caches) for part in (idx[:, :5], idx[:, 5:])], dim=1)
+        torch.testing.assert_close(x, model.residual_stream(idx))
+        with pytest.raises(ValueError, match="one token at a time"):
+            model.residual_stream(idx[:, :2], caches)
 
 
 def test_each_row_of_a_batch_is_generated_as_if_alone():
@@ -2680,13 +2693,19 @@ def test_weight_statistics_are_those_of_numpy(settings):
 
 
 def test_activation_statistics_are_those_of_numpy(settings):
-    """Fraction of nonzeros and RMS of every node site, and the kurtosis of the final residual stream, of the
-    batch's first sequence, averaged over layers."""
+    """Fraction of nonzeros and RMS of every node site, averaged over layers, and the kurtosis of the final
+    residual stream without tokens at which it is zero: of one token at each position."""
     model, seen = two_layers(), {}
+    alive = (torch.arange(16) != 4)[:, None]
+    model.transformer.h[1].register_forward_hook(lambda module, inputs, output: output * alive)
     train.watch_activations(model)
+
+    def see(location, output):
+        seen.setdefault(location, []).append(
+            np.stack([output[t % 3, t].detach().numpy().astype(float) for t in range(16)]))
+
     for location, module in [*model.sites(), ("final", model.transformer.h[1])]:
-        module.register_forward_hook(lambda module, inputs, output, location=location: seen.setdefault(
-            location, []).append(output[0].detach().numpy().astype(float)))
+        module.register_forward_hook(lambda module, inputs, output, at=location: see(at, output))
     model(torch.randint(29, (3, 16)))
     found, [final] = train.activation_statistics(model), seen.pop("final")
     assert found.keys() == {key for key in LOGGED["log_every_n_steps"] if key.startswith("activations/")}
@@ -2695,7 +2714,9 @@ def test_activation_statistics_are_those_of_numpy(settings):
         nonzero, rms = [(x != 0).mean() for x in layers], [np.sqrt((x ** 2).mean()) for x in layers]
         assert found[f"activations/nonzero/{location}"] == pytest.approx(np.mean(nonzero))
         assert found[f"activations/rms/{location}"] == pytest.approx(np.mean(rms), rel=1e-5)
-    centred = final - final.mean(-1, keepdims=True)
+    assert not final[4].any()
+    centred = np.delete(final, 4, axis=0)
+    centred -= centred.mean(-1, keepdims=True)
     kurtosis = ((centred ** 4).mean(-1) / (centred ** 2).mean(-1) ** 2).mean()
     assert found["activations/kurtosis_resid_final"] == pytest.approx(kurtosis, rel=1e-4)
 
@@ -3568,30 +3589,105 @@ def test_an_experiment_that_was_stopped_is_not_recorded(prepared, monkeypatch):
         experiments.train_one(f"--dataset={prepared}/data/tiny {AN_EXPERIMENT} --max_iters=100000", 0.01, 1)
 
 
-def test_a_look_inside(trained, tmp_path, monkeypatch):
-    """The figure shows, of each site of each block, the node that writes most, with its own weights."""
+def test_the_strongest_nodes_are_those_that_write_most():
+    """By what attention passes on of the values, by the activations of neurons; with their own weights."""
+    model, idx = random_model(3, n_layer=2), some_tokens(3, 8)
+    passed_on = {}
+    for block in model.transformer.h:
+        for part in (block.attn, block.mlp):
+            part.c_proj.register_forward_hook(lambda m, inputs, _: passed_on.update({m: inputs[0]}))
+    found = look_inside.measure(model, idx)
+    assert [nodes.name for nodes in found] == ["attn_v 0", "mlp_neuron 0", "attn_v 1", "mlp_neuron 1"]
+    for attn_v, neurons, block in zip(found[::2], found[1::2], model.transformer.h, strict=True):
+        values = block.attn.c_attn.weight[2 * block.attn.c_proj.in_features:]
+        assert torch.equal(attn_v.reads, values * block.ln_1.weight)
+        assert torch.equal(neurons.reads, block.mlp.c_fc.weight * block.ln_2.weight)
+        for nodes, part in ((attn_v, block.attn), (neurons, block.mlp)):
+            assert torch.equal(nodes.writes, part.c_proj.weight)
+            written = [passed_on[part.c_proj][..., i, None].abs() * nodes.writes[:, i].norm()
+                       for i in range(nodes.writes.size(1))]
+            assert nodes.strongest() == max(range(len(written)), key=lambda i: written[i].sum())
+        assert torch.equal(neurons.activations, passed_on[block.mlp.c_proj])
+
+
+def test_a_channel_is_named_by_the_largest_weights_on_it():
+    """Of tokens and nodes, three at most, a minus before the negative ones."""
+    tokens, nodes = torch.zeros(5, 2), torch.zeros(2, 4)
+    tokens[3, 0], tokens[1, 0] = 0.5, -2.0
+    nodes[0, 2], nodes[0, 3] = 1.0, 0.1
+    tokenizer = byte_tokenizer(5)
+    names = [look_inside.spelling(tokenizer, t) for t in range(5)]
+    assert look_inside.name_channel(tokens, [("mlp_neuron 0", nodes)], tokenizer, 0) == (
+        f"-{names[1]}, mlp_neuron 0.2, {names[3]}")
+    assert look_inside.name_channel(tokens, [("mlp_neuron 0", nodes)], tokenizer, 1) == "nothing"
+
+
+def test_snippets_are_where_the_node_is_largest(monkeypatch):
+    """Once a window, the largest magnitude first, none where it is zero."""
+    activations = torch.zeros(4, 6, 2)
+    activations[0, 5, 1], activations[1, 2, 1], activations[1, 3, 1], activations[3, 0, 1] = 1, -3, 2, 2
+    activations[2, 1, 0] = 9  # another node
+    nodes = look_inside.Nodes("", activations, None, None, None)
+    idx, tokenizer = torch.arange(24).view(4, 6), byte_tokenizer(30)
+    spelled = [look_inside.spelling(tokenizer, t)[1:-1] for t in range(24)]
+    found = list(look_inside.snippets(nodes, 1, idx, tokenizer))
+    assert [strength for strength, *_ in found] == [-3, 2, 1]
+    assert [token for _, _, token, _ in found] == [spelled[8], spelled[18], spelled[5]]
+    assert found[0][1].endswith(spelled[7]) and found[0][3].startswith(spelled[9])
+    monkeypatch.setattr(look_inside, "texts", 1)
+    assert len(list(look_inside.snippets(nodes, 1, idx, tokenizer))) == 1
+
+
+def test_a_node_is_drawn_with_its_largest_weights(monkeypatch):
+    """Those it reads on the left, those it writes on the right, the largest first."""
+    monkeypatch.setattr(look_inside, "weights", 2)
+    for side, align in ((-1, "right"), (1, "left")):
+        axis = plot.plt.figure().subplots()
+        strengths = torch.tensor([0.1, 0.0, -3.0, 2.0])
+        look_inside.draw_side(axis, strengths, lambda channel: f"name {channel}", side)
+        texts = [text for text in axis.texts if text.get_text()]
+        assert [text.get_text() for text in texts] == [
+            "-3.00  channel 2: name 2", "+2.00  channel 3: name 3", "and 1 more"]
+        assert {text.get_ha() for text in texts} == {align}
+
+
+@pytest.mark.parametrize("flags, error", [
+    ("--blocks=1", "must be numbers from 0 to 0"), ("--windows=0", "at least 1"),
+    ("--texts=-1", "at least 0")])
+def test_bad_input_to_look_inside(trained, tmp_path, monkeypatch, capsys, flags, error):
     monkeypatch.chdir(shutil.copytree(trained, tmp_path / "here"))
-    saved = train.load_checkpoint("out/ckpt.pt")
-    model = train.model_of(saved)
-    idx = some_tokens(3, saved["config"]["block_size"])
-    for nodes, block in zip(look_inside.measure(model, idx)[1::2], model.transformer.h, strict=True):
-        strength = nodes.activations.abs().mean((0, 1)) * block.mlp.c_proj.weight.norm(dim=0)
-        assert nodes.strongest() == strength.argmax()
-        assert torch.equal(nodes.reads, block.mlp.c_fc.weight * block.ln_2.weight)
-    monkeypatch.setattr(look_inside, "image", "inside.png")
-    monkeypatch.setattr(sys, "argv", ["look_inside"])
-    monkeypatch.setattr(look_inside, "blocks", "1")
-    with pytest.raises(SystemExit):  # there is one block, number 0
+    monkeypatch.setattr(sys, "argv", ["look_inside", flags])
+    for name in ("blocks", "windows", "texts"):  # for configure() sets them
+        monkeypatch.setattr(look_inside, name, getattr(look_inside, name))
+    with pytest.raises(SystemExit):
         look_inside.main()
-    monkeypatch.setattr(look_inside, "blocks", "0")
+    assert error in capsys.readouterr().err
+
+
+def test_a_look_inside(trained, tmp_path, monkeypatch):
+    """Two nodes for each block that is asked for, the left of each drawn from what it reads."""
+    monkeypatch.chdir(shutil.copytree(trained, tmp_path / "here"))
+    monkeypatch.setattr(sys, "argv", ["look_inside"])
     look_inside.main()
-    assert Path("inside.png").stat().st_size > 0
+    assert Path("out/inside.png").stat().st_size > 0
+    model, idx, sides = random_model(3, n_layer=3), some_tokens(3, 8), []
+    monkeypatch.setattr(look_inside, "draw_side",
+                        lambda axis, strengths, name, side: sides.append((side, strengths)))
+    figure = plot.plt.figure()
+    look_inside.draw(figure, model, byte_tokenizer(model.config.vocab_size), idx, {1})
+    found = look_inside.measure(model, idx)[2:4]
+    assert [axis.get_title() for axis in figure.axes] == [f"{n.name}.{n.strongest()}" for n in found]
+    assert [side for side, _ in sides] == [-1, 1, -1, 1]
+    for nodes, (_, reads), (_, writes) in zip(found, sides[::2], sides[1::2], strict=True):
+        assert torch.equal(reads, nodes.reads[nodes.strongest()])
+        assert torch.equal(writes, nodes.writes[:, nodes.strongest()])
 
 
 def test_curves_are_drawn_beside_those_of_another_run(trained, tmp_path, monkeypatch):
     """Its val loss is in the figure."""
     monkeypatch.chdir(shutil.copytree(trained, tmp_path / "here"))
     shutil.copytree("out", "other")
+    Path("other/log.jsonl").write_text('{"step": 0, "val/loss": 7.5}\n{"step": 9, "val/loss": 6.25}\n')
     monkeypatch.setattr(plot, "beside", "other")
     monkeypatch.setattr(sys, "argv", ["plot.py"])
     figures = []
@@ -3599,7 +3695,7 @@ def test_curves_are_drawn_beside_those_of_another_run(trained, tmp_path, monkeyp
     plot.main()
     line = figures[0].axes[0].get_lines()[-1]
     assert line.get_label() == "validation of other"
-    assert list(line.get_ydata()) == [record["val/loss"] for record in log("other") if "val/loss" in record]
+    assert list(line.get_xdata()) == [0, 9] and list(line.get_ydata()) == [7.5, 6.25]
 
 
 def test_evaluation_takes_all_windows_of_val_once(trained, tmp_path, monkeypatch, capsys):
@@ -3609,6 +3705,7 @@ def test_evaluation_takes_all_windows_of_val_once(trained, tmp_path, monkeypatch
     monkeypatch.setattr(evaluate, "batch_size", 3)
     evaluate.main()
     found, bigrams = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    meta = json.loads(Path("data/tiny/meta.json").read_text())["val"]
     model = train.model_of(checkpoint()).eval()
     val = torch.from_numpy(np.fromfile("data/tiny/val.bin", dtype="<u2").astype(np.int64))
     T, losses, kurtoses = model.config.block_size, [], []
@@ -3625,19 +3722,83 @@ def test_evaluation_takes_all_windows_of_val_once(trained, tmp_path, monkeypatch
     assert float(found["kurtosis"]) == pytest.approx(np.mean(kurtoses), abs=1e-2)
     assert found["nonzero"] == str(sum(p.count_nonzero().item() for _, p, _ in model.sparse_parameters()))
     assert 0 < float(bigrams["val_loss"]) < math.log(257)
+    for row in (found, bigrams):
+        bits = float(row["val_loss"]) / math.log(2) * meta["tokens"] / meta["bytes"]
+        assert float(row["bits_per_byte"]) == pytest.approx(bits, abs=1e-3)
 
 
-def test_counted_bigrams_are_a_distribution(here):
-    """Over all tokens that may follow they sum to one, and more counts than smoothing follow the counts."""
-    data = train.load_data("data/tiny", 16)
-    V, first = data.meta["vocab_size"], data.train[0]
-    losses = []
-    for second in range(V):
-        data.val = np.array([first, second], dtype=np.uint16)
-        losses.append(evaluate.bigram_loss(data, strength=10))
-    assert sum(math.exp(-loss) for loss in losses) == pytest.approx(1)
-    followers = np.bincount(data.train[1:][data.train[:-1] == first], minlength=V)
-    assert np.argmin(losses) == followers.argmax()
+def test_evaluation_is_of_one_data_set(trained, tmp_path, monkeypatch, capsys):
+    """The bigrams are counted in the data of all the models."""
+    monkeypatch.chdir(shutil.copytree(trained, tmp_path / "here"))
+    shutil.copytree("data/tiny", "data/copy")
+    shutil.copytree("out", "other")
+    saved = train.load_checkpoint("other/ckpt.pt")
+    saved["settings"]["dataset"] = "copy"
+    torch.save(saved, "other/ckpt.pt")
+    monkeypatch.setattr(evaluate, "out_dirs", "out,other")
+    monkeypatch.setattr(sys, "argv", ["evaluate"])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    assert "same data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 49, 1000])
+def test_all_bigrams_are_counted(chunk):
+    """Once, also those that lie across two of the parts in which the tokens are read."""
+    tokens = np.random.default_rng(0).integers(5, size=50).astype(np.uint16)
+    pairs = evaluate.count_bigrams(tokens, 5, chunk)
+    expected = collections.Counter(zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True))
+    assert {(i, j): n for (i, j), n in np.ndenumerate(pairs) if n} == expected
+
+
+def test_counted_bigrams_are_a_distribution():
+    """Over all tokens that may follow they sum to one; with little smoothing they are the counts."""
+    pairs = np.array([[3, 0, 1], [0, 0, 0], [5, 2, 2]])
+    for strength in (1e-6, 1, 10):
+        for first in range(3):
+            p = [math.exp(-evaluate.bigram_loss(np.array([first, second], dtype=np.uint16), pairs, strength))
+                 for second in range(3)]
+            assert sum(p) == pytest.approx(1)
+            if strength < 1 and pairs[first].any():
+                assert p == pytest.approx(pairs[first] / pairs[first].sum(), abs=1e-6)
+
+
+def test_the_verdict_looks_at_the_spread(recorded, monkeypatch, capsys):
+    """A change smaller than its spread over the seeds is called neutral; one seed has no verdict."""
+    monkeypatch.setattr(experiments, "ABLATIONS", [
+        experiments.Ablation("noisy", "--a", "worse"), experiments.Ablation("worse", "--b", "worse"),
+        experiments.Ablation("once", "--c", "worse")])
+    runs = experiments.Runs()
+    record = dict.fromkeys(experiments.COLUMNS[3:], 0)
+    for flags, all_losses in (("", (1.0, 1.0, 1.0)), ("--a", (1.0, 1.3, 0.95)), ("--b", (1.1, 1.1, 1.2)),
+                              ("--c", (1.5,))):
+        for seed, loss in enumerate(all_losses, 1):
+            runs.add(flags, 0.018, seed, record | {"val_loss": loss})
+    runs.add("", 0.009, 1, record | {"val_loss": 0.9})  # better, but of one seed
+    experiments.print_ablations(runs)
+    base, *_, noisy, worse, once = capsys.readouterr().out.strip().split("\n")[-7:]
+    assert "learning rate 0.018, val loss 1.000" in base
+    assert noisy.endswith("| no: neutral |") and worse.endswith("| yes |") and once.endswith("|  |")
+
+
+def test_a_diverged_run_has_no_point_in_the_figure(recorded, tmp_path):
+    """The figure is drawn without it."""
+    runs = experiments.Runs()
+    experiments.run_scaling(runs)
+    flags = next(iter(experiments.sparse_models(64).values()))
+    runs.rows[flags, 0.018, 3] |= {"val_loss": "inf", "nonzero": ""}
+    experiments.draw_scaling(runs)
+    assert (tmp_path / "figure.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("flags, error", [
+    ("--jobs=-1", "must not be negative"), ("--only=snik", "ABLATIONS")])
+def test_bad_input_to_experiments(recorded, monkeypatch, capsys, flags, error):
+    monkeypatch.setattr(sys, "argv", ["run", flags])
+    monkeypatch.setattr(experiments, "only", "")
+    with pytest.raises(SystemExit):
+        experiments.main()
+    assert error in capsys.readouterr().err and not recorded
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3676,7 +3837,7 @@ def test_triton_prunes_as_a_cpu_does(triton_device, l0, j):
     import kernels
 
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=1, d_model=48, d_head=16, d_mlp=100, vocab_size=50))
+    model = GPT(GPTConfig(n_layer=1, d_model=48, d_head=16, d_mlp=400, vocab_size=50))  # up to 3 blocks
     with torch.no_grad():
         model.transformer.wte.weight.round_(decimals=2)
         model.transformer.h[0].attn.c_attn.weight.copy_(torch.randint(-3, 4, (144, 48)))
@@ -3691,9 +3852,11 @@ def test_triton_prunes_as_a_cpu_does(triton_device, l0, j):
 
 
 @needs_gpu
+@pytest.mark.parametrize("triton", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gpu_abs_topk_and_its_gradient_are_those_of_a_cpu(dtype):
-    """Of a tensor and of a view, compiled and not."""
+def test_gpu_abs_topk_and_its_gradient_are_those_of_a_cpu(dtype, triton, monkeypatch):
+    """Of a tensor and of a view, compiled and not; also where Triton cannot work."""
+    monkeypatch.setattr("model.HAS_TRITON", triton)
     x = torch.randn(4, 50, 200, generator=torch.Generator().manual_seed(0)).to(dtype).relu()
     for view in (x, x[:, ::2], x.transpose(1, 2)):
         dy = torch.randn(view.mT.shape).to(dtype).mT

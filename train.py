@@ -15,10 +15,8 @@ import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
-import sysconfig
 import time
 import warnings
 from contextlib import nullcontext
@@ -31,7 +29,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure, fail, settings_of
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, has_compiler
 
 # ----------------------------------------------------------------------------------------------------------
 # settings
@@ -318,7 +316,7 @@ def tensor_group(name):
 
 
 def kurtosis(x):
-    """Of each token's channels, x (..., d_model): (...). It is 3 if they are Gaussian."""
+    """Of each token's channels, x (..., d_model): (...). 3 if they are Gaussian, NaN if all are equal."""
     x = x - x.mean(-1, keepdim=True)
     return x.pow(4).mean(-1) / x.square().mean(-1).square()
 
@@ -326,15 +324,21 @@ def kurtosis(x):
 def watch_activations(model):
     """Let every node site, and the final norm of its input, keep statistics of what passed through it last.
 
-    They are of the first sequence of the batch: enough of a sample, at a fraction of the cost.
+    They are of one token at each position, from the sequences of the batch in turn: a sample, at a fraction
+    of the cost. Of kurtosis, which differs widely between tokens, it is a rough one; experiments/evaluate.py
+    takes all of val.
     """
 
+    def some_tokens(x):
+        positions = torch.arange(x.size(1), device=x.device)
+        return x.detach()[positions % len(x), positions].float()
+
     def watch_site(module, inputs, output):
-        x = output.detach()[0].float()
+        x = some_tokens(output)
         module.statistics = torch.stack([x.count_nonzero() / x.numel(), x.square().mean().sqrt()])
 
     def watch_residual(module, inputs):
-        module.statistics = kurtosis(inputs[0].detach()[0].float()).mean()
+        module.statistics = kurtosis(some_tokens(inputs[0])).nanmean().nan_to_num()
 
     for _, module in model.sites():
         module.register_forward_hook(watch_site)
@@ -706,11 +710,9 @@ def start_out_dir(data):
 
 def compile_blocks(model, place):
     """Compile the blocks, in place: they share one compilation, and the raw model stays what is saved."""
-    compiler = os.environ.get("CXX", "g++") if place.device.type == "cpu" else os.environ.get("CC", "gcc")
-    header = os.path.join(sysconfig.get_path("include"), "Python.h")
-    if not (shutil.which(compiler) and os.path.exists(header)):
+    if not has_compiler(place.device.type):
         if place.rank == 0:
-            print(f"no {compiler} or no Python.h (python3-dev): running without torch.compile")
+            print("no compiler (gcc, g++) or no Python.h (python3-dev): running without torch.compile")
         return
     torch._dynamo.config.optimize_ddp = False  # blocks are small enough for DDP
     for block in model.transformer.h:

@@ -12,7 +12,7 @@ dataset = "python_installed"
 
 target_l0_fraction = 1 / 64
 sparsity_anneal_end_fraction = 0.3  # a run as short as this one needs its time at the target
-learning_rate = 4.8e-3  # of 1.6e-3 to 1.28e-2 6.4e-3 was best in 200 steps; more steps want less
+learning_rate = 4.8e-3  # in 200 steps 6.4e-3 was the best of 1.6e-3 to 1.28e-2; more steps want less
 
 batch_size = 64
 gradient_accumulation_steps = 1

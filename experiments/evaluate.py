@@ -4,8 +4,9 @@
 
 All windows of val are taken, without overlap. A standard error is over windows as if they were
 independent, though those of a file are alike: it is a lower bound on what another val split would change,
-and says nothing of another seed. The smoothing of the bigrams is the best of three on val itself, in their
-favour.
+and says nothing of another seed. Kurtosis is of the tokens at which the residual stream is not zero.
+Prunable and nonzero count what is pruned: no bigram table, norm or sink. The smoothing of the bigrams is the
+best of three on val itself, in their favour.
 """
 import csv
 import math
@@ -24,8 +25,21 @@ batch_size = 16  # windows at a time
 device = "auto"
 dtype = "auto"
 
-COLUMNS = ("model", "updates", "parameters", "nonzero", "dead_neurons", "val_loss", "val_loss_se",
+COLUMNS = ("model", "updates", "prunable", "nonzero", "dead_neurons", "val_loss", "val_loss_se",
            "bits_per_byte", "kurtosis", "kurtosis_se")
+LARGEST_VOCABULARY = 2**13  # of which bigrams are counted: in a table of its square
+
+
+def load_run(out_dir, checkpoint):
+    """A training run: its checkpoint (a dict), the model, ready to be evaluated, and the data."""
+    saved = train.load_checkpoint(os.path.join(out_dir, checkpoint))
+    model = train.model_of(saved).eval()
+    folder = os.path.join("data", saved["settings"]["dataset"])
+    data = train.load_data(folder, model.config.block_size)
+    if data.meta["tokenizer_sha256"] != saved["tokenizer_sha256"]:
+        fail(f"{folder} has another tokenizer than the model of {out_dir} was trained with: prepare that "
+             "data again")
+    return saved, model, data
 
 
 def standard_error(values):
@@ -36,6 +50,7 @@ def standard_error(values):
 def measure(model, data, place):
     """Loss in nats per token, and kurtosis of the final residual stream, of each window of val."""
     T, losses, kurtoses = model.config.block_size, [], []
+    train.block_size = T
     starts = np.arange(0, len(data.val) - T, T)
     for batch in np.array_split(starts, math.ceil(len(starts) / batch_size)):
         idx, targets = train.windows(data.val, batch, place)
@@ -44,49 +59,55 @@ def measure(model, data, place):
             logits = model.unembed(x, idx)
         loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         losses += loss.mean(1).tolist()
-        kurtoses += train.kurtosis(x.float()).mean(1).tolist()
+        kurtoses += train.kurtosis(x.float()).nanmean(1).tolist()
     return np.array(losses), np.array(kurtoses)
 
 
-def bigram_loss(data, strength):
-    """Of the bigrams that were counted in train, with `strength` counts spread as the single tokens are."""
-    V = data.meta["vocab_size"]
-    pairs = np.zeros(V * V, dtype=np.int64)
-    for start in range(0, len(data.train) - 1, 2**24):
-        part = data.train[start:start + 2**24 + 1].astype(np.int64)
-        pairs += np.bincount(part[:-1] * V + part[1:], minlength=V * V)
-    pairs = pairs.reshape(V, V)
-    single = (pairs.sum(0) + 1) / (pairs.sum() + V)
-    val = data.val.astype(np.int64)
-    first, second = val[:-1], val[1:]
+def count_bigrams(tokens, vocab_size, chunk=2**24):
+    """How often each token is followed by each: (vocab_size, vocab_size)."""
+    pairs = np.zeros(vocab_size**2, dtype=np.int64)
+    for start in range(0, len(tokens) - 1, chunk):
+        part = tokens[start:start + chunk + 1].astype(np.int64)
+        pairs += np.bincount(part[:-1] * vocab_size + part[1:], minlength=vocab_size**2)
+    return pairs.reshape(vocab_size, vocab_size)
+
+
+def bigram_loss(tokens, pairs, strength):
+    """Of counted `pairs`, each token's with `strength` counts more, spread as the single tokens are."""
+    single = (pairs.sum(0) + 1) / (pairs.sum() + len(pairs))
+    first, second = tokens[:-1], tokens[1:]
     p = (pairs[first, second] + strength * single[second]) / (pairs.sum(1)[first] + strength)
     return -np.log(p).mean()
 
 
 def main():
     configure(globals())
+    if batch_size < 1:
+        fail(f"batch_size={batch_size} must be at least 1")
     place = train.find_place(device, dtype)
+    runs = [load_run(out_dir, checkpoint) for out_dir in out_dirs.split(",")]
+    if len({saved["settings"]["dataset"] for saved, _, _ in runs}) > 1:
+        fail(f"out_dirs={out_dirs} were not all trained on the same data: evaluate them apart")
     writer = csv.DictWriter(sys.stdout, COLUMNS)
     writer.writeheader()
-    for out_dir in out_dirs.split(","):
-        saved = train.load_checkpoint(os.path.join(out_dir, checkpoint))
-        model = train.model_of(saved).to(place.device).eval()
-        train.block_size = model.config.block_size
-        data = train.load_data(os.path.join("data", saved["settings"]["dataset"]), train.block_size)
-        if data.meta["tokenizer_sha256"] != saved["tokenizer_sha256"]:
-            fail(f"data/{saved['settings']['dataset']} has another tokenizer than the model of {out_dir} "
-                 "was trained with: prepare that data again")
-        losses, kurtoses = measure(model, data, place)
+    for out_dir, (saved, model, data) in zip(out_dirs.split(","), runs, strict=True):
+        losses, kurtoses = measure(model.to(place.device), data, place)
+        kurtoses = kurtoses[~np.isnan(kurtoses)]
         sparsity = train.sparsity_statistics(model, saved["step"])
         writer.writerow({
             "model": os.path.basename(os.path.abspath(out_dir)), "updates": saved["step"],
-            "parameters": sum(p.numel() for _, p, _ in model.sparse_parameters()),
+            "prunable": sum(p.numel() for _, p, _ in model.sparse_parameters()),
             "nonzero": sparsity["sparsity/nonzero"], "dead_neurons": sparsity["sparsity/dead_neurons"],
             "val_loss": f"{losses.mean():.4f}", "val_loss_se": f"{standard_error(losses):.4f}",
             "bits_per_byte": f"{losses.mean() / math.log(2) * data.tokens_per_byte('val'):.4f}",
             "kurtosis": f"{kurtoses.mean():.2f}", "kurtosis_se": f"{standard_error(kurtoses):.2f}"})
         sys.stdout.flush()
-    loss = min(bigram_loss(data, strength) for strength in (1, 10, 100))
+    vocab_size = data.meta["vocab_size"]
+    if vocab_size > LARGEST_VOCABULARY:
+        print(f"bigrams are not counted in a vocabulary of more than {LARGEST_VOCABULARY}", file=sys.stderr)
+        return
+    pairs = count_bigrams(data.train, vocab_size)
+    loss = min(bigram_loss(data.val, pairs, strength) for strength in (1, 10, 100))
     writer.writerow({"model": "counted bigrams", "val_loss": f"{loss:.4f}",
                      "bits_per_byte": f"{loss / math.log(2) * data.tokens_per_byte('val'):.4f}"})
 

@@ -6,7 +6,9 @@ Of every block the value channel of attention and the MLP neuron that write most
 each reads (left), what it writes (right), and the text at which it is largest. A weight connects a node to a
 channel of the residual stream, which has no name but those of what else writes or reads there: tokens, by
 their embedding or unembedding, and other nodes, `mlp_neuron 0.7` being neuron 7 of block 0. A minus before a
-name is a negative weight there. A look, not a circuit: nothing is ablated here.
+name is a negative weight there. The strongest three are named: by weight, which of a node that writes is
+multiplied by its mean magnitude. Positional embeddings and biases have no name. A look, not a circuit:
+nothing is ablated here.
 """
 import os
 from dataclasses import dataclass
@@ -17,8 +19,8 @@ import torch
 
 import plot
 import sample
-import train
 from configurator import configure, fail
+from experiments.evaluate import load_run
 from prepare import load_tokenizer
 
 out_dir = "out"  # of the training run
@@ -53,7 +55,8 @@ def measure(model, idx):
         for site in (block.attn.attn_v, block.mlp.mlp_neuron):
             handles.append(site.register_forward_hook(lambda m, _, output: seen.__setitem__(m, output)))
         for out in (block.attn.c_proj, block.mlp.c_proj):  # of values, what attention makes of them
-            handles.append(out.register_forward_pre_hook(lambda m, inputs: seen.__setitem__(m, inputs[0])))
+            handles.append(out.register_forward_pre_hook(
+                lambda m, inputs: seen.__setitem__(m, inputs[0].abs().mean((0, 1)))))
     model(idx)
     for handle in handles:
         handle.remove()
@@ -64,8 +67,7 @@ def measure(model, idx):
             ("attn_v", block.attn, block.attn.attn_v, values * block.ln_1.weight),
             ("mlp_neuron", block.mlp, block.mlp.mlp_neuron, block.mlp.c_fc.weight * block.ln_2.weight),
         ):
-            found.append(Nodes(f"{name} {i}", seen[site], seen[part.c_proj].abs().mean((0, 1)), reads,
-                               part.c_proj.weight))
+            found.append(Nodes(f"{name} {i}", seen[site], seen[part.c_proj], reads, part.c_proj.weight))
     return found
 
 
@@ -95,11 +97,11 @@ def name_channel(tokens, others, tokenizer, channel, how_many=3):
 
 
 def snippets(nodes, node, idx, tokenizer):
-    """Where the node is largest, once a window: (activation, text before, the token, text after)."""
+    """Where the node is largest and not zero, once a window: (activation, text before, the token, after)."""
     a = nodes.activations[..., node]
     positions = a.abs().argmax(-1)
     strengths = a.gather(1, positions[:, None])[:, 0]
-    for w in strengths.abs().argsort(descending=True)[:texts].tolist():
+    for w in strengths.abs().argsort(descending=True)[:min(texts, strengths.count_nonzero())].tolist():
         at, spelled = positions[w].item(), [spelling(tokenizer, t)[1:-1] for t in idx[w].tolist()]
         yield strengths[w].item(), "".join(spelled[:at])[-70:], spelled[at], "".join(spelled[at + 1:])[:25]
 
@@ -152,12 +154,11 @@ def draw(figure, model, tokenizer, idx, shown):
 
 def main():
     configure(globals())
-    saved = train.load_checkpoint(os.path.join(out_dir, "ckpt.pt"))
-    model, T = train.model_of(saved).eval(), saved["config"]["block_size"]
-    folder = os.path.join("data", saved["settings"]["dataset"])
-    data = train.load_data(folder, T)
-    if data.meta["tokenizer_sha256"] != saved["tokenizer_sha256"]:
-        fail(f"{folder} has another tokenizer than the model was trained with: prepare that data again")
+    for name, least in (("windows", 1), ("weights", 0), ("texts", 0)):
+        if globals()[name] < least:
+            fail(f"{name}={globals()[name]} must be at least {least}")
+    _, model, data = load_run(out_dir, "ckpt.pt")
+    T = model.config.block_size
     starts = np.linspace(0, len(data.val) - T, windows).astype(int)
     idx = torch.from_numpy(np.stack([data.val[s:s + T] for s in starts]).astype(np.int64))
     shown = set(range(len(model.transformer.h)))
@@ -167,7 +168,7 @@ def main():
             fail(f"blocks={blocks!r} must be numbers from 0 to {len(shown) - 1}, by commas")
         shown = set(map(int, numbers))
     figure = plot.plt.figure(figsize=(13, 5.2 * len(shown)), layout="constrained")
-    draw(figure, model, load_tokenizer(os.path.join(folder, "tokenizer.json")), idx, shown)
+    draw(figure, model, load_tokenizer(os.path.join(out_dir, "tokenizer.json")), idx, shown)
     plot.save(figure, image or os.path.join(out_dir, "inside.png"))
 
 

@@ -31,7 +31,7 @@ image = "assets/scaling.png"
 PATH = os.path.join(os.path.dirname(__file__), "runs.csv")
 SEEDS = (1, 2, 3)  # the first also chooses the learning rate
 COLUMNS = ("flags", "learning_rate", "seed", "val_loss", "bits_per_byte", "nonzero", "dead_neurons",
-           "kurtosis", "cpu_seconds")
+           "cpu_seconds")
 
 
 @dataclass
@@ -144,8 +144,7 @@ def train_one(flags, rate, seed):
     last = {key: value for line in lines for key, value in line.items()}
     return record | {
         "val_loss": f"{last['val/loss']:.4f}", "bits_per_byte": f"{last['val/bits_per_byte']:.4f}",
-        "nonzero": last["sparsity/nonzero"], "dead_neurons": last["sparsity/dead_neurons"],
-        "kurtosis": f"{last['activations/kurtosis_resid_final']:.1f}"}
+        "nonzero": last["sparsity/nonzero"], "dead_neurons": last["sparsity/dead_neurons"]}
 
 
 def run_missing(runs, wanted):
@@ -196,11 +195,17 @@ def losses(rows):
 
 
 def print_ablations(runs):
-    """The table as Markdown. Changes are paired by seed; the spread is their standard deviation."""
-    base = losses(runs.reported(""))
-    if not base:
+    """The table as Markdown. Changes are paired by seed; the spread is their standard deviation.
+
+    The verdict describes these runs, it is no test: a change is one if it is larger than NEUTRAL and than
+    its spread.
+    """
+    rows = runs.reported("")
+    if not rows:
         fail("no run is recorded: leave out --jobs=0")
-    print(f"base: learning rate {runs.rates('')[0]}, val loss {describe([*base.values()])}, n = {len(base)}")
+    base = losses(rows)
+    print(f"base: learning rate {rows[0]['learning_rate']}, val loss {describe([*base.values()])}, "
+          f"n = {len(base)}")
     print()
     print("| ablation | flag | learning rate | change in val loss | n | dead neurons | the paper | agree |")
     print("|---|---|---|---|---|---|---|---|")
@@ -212,7 +217,7 @@ def print_ablations(runs):
         mean = np.mean(changes)
         spread = np.std(changes, ddof=1) if len(changes) > 1 else 0.0
         found = "neutral" if abs(mean) < max(NEUTRAL, spread) else "worse" if mean > 0 else "better"
-        agree = ("yes" if found == a.expected else f"no: {found}") if a.expected else ""
+        agree = ("yes" if found == a.expected else f"no: {found}") if a.expected and len(changes) > 1 else ""
         dead = np.mean([float(row["dead_neurons"] or "nan") for row in rows])
         print(f"| {a.name} | `{a.flags}` | {float(rows[0]['learning_rate']):g} | {describe(changes, '+')} | "
               f"{len(changes)} | {dead:.0f} | {a.paper} | {agree} |")
@@ -268,7 +273,10 @@ def draw_scaling(runs):
     colors = {f"d_model {d_model}": f"C{i}" for i, d_model in enumerate(WIDTHS)} | {"dense": "0.4"}
     figure, axis = plot.plt.subplots(figsize=(7, 4.5))
     for label, models in scaling_lines().items():
-        points = [rows for rows in map(runs.reported, models) if rows]
+        points = [[row for row in runs.reported(flags) if row["nonzero"]] for flags in models]
+        points = [rows for rows in points if rows]  # what is not run yet, or diverged, has no point
+        if not points:
+            continue
         values = [list(losses(rows).values()) for rows in points]
         axis.errorbar([np.mean([float(row["nonzero"]) for row in rows]) for rows in points],
                       [np.mean(v) for v in values], [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values],
@@ -285,6 +293,10 @@ def draw_scaling(runs):
 
 def main():
     configure(globals())
+    if jobs < 0:
+        fail(f"jobs={jobs} must not be negative")
+    if not any(only in a.name for a in ABLATIONS):
+        fail(f"only={only!r} is in no ablation's name: see ABLATIONS in {__file__}")
     runs = Runs()
     if jobs:
         run_ablations(runs)
