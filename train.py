@@ -246,8 +246,9 @@ class Data:
     meta: dict
     tokenizer: str  # the text of tokenizer.json
 
-    def tokens_per_byte(self, split):
-        return self.meta[split]["tokens"] / self.meta[split]["bytes"]
+    def bits_per_byte(self, split, loss):
+        """What a loss in nats per token is in bits per byte of the text of a split."""
+        return loss / math.log(2) * (self.meta[split]["tokens"] / self.meta[split]["bytes"])
 
 
 def load_data(folder, block_size):
@@ -495,7 +496,7 @@ def evaluate(model, data, place):
                 total += model(*windows(tokens, batch, place))[1]
         loss = place.sum(total.item())[0] / eval_iters
         record[f"{split}/loss"] = loss
-        record[f"{split}/bits_per_byte"] = loss / math.log(2) * data.tokens_per_byte(split)
+        record[f"{split}/bits_per_byte"] = data.bits_per_byte(split, loss)
     model.train()
     return record
 

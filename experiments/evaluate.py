@@ -31,8 +31,9 @@ LARGEST_VOCABULARY = 2**13  # of which bigrams are counted: in a table of its sq
 
 
 def load_run(out_dir, checkpoint):
-    """A training run: its checkpoint (a dict), the model, ready to be evaluated, and the data."""
+    """A run: its checkpoint (a dict) without the optimizer, the model, ready to be evaluated, the data."""
     saved = train.load_checkpoint(os.path.join(out_dir, checkpoint))
+    del saved["optimizer"]  # twice the size of the model, and of no use here
     model = train.model_of(saved).eval()
     folder = os.path.join("data", saved["settings"]["dataset"])
     data = train.load_data(folder, model.config.block_size)
@@ -99,7 +100,7 @@ def main():
             "prunable": sum(p.numel() for _, p, _ in model.sparse_parameters()),
             "nonzero": sparsity["sparsity/nonzero"], "dead_neurons": sparsity["sparsity/dead_neurons"],
             "val_loss": f"{losses.mean():.4f}", "val_loss_se": f"{standard_error(losses):.4f}",
-            "bits_per_byte": f"{losses.mean() / math.log(2) * data.tokens_per_byte('val'):.4f}",
+            "bits_per_byte": f"{data.bits_per_byte('val', losses.mean()):.4f}",
             "kurtosis": f"{kurtoses.mean():.2f}", "kurtosis_se": f"{standard_error(kurtoses):.2f}"})
         sys.stdout.flush()
     vocab_size = data.meta["vocab_size"]
@@ -109,7 +110,7 @@ def main():
     pairs = count_bigrams(data.train, vocab_size)
     loss = min(bigram_loss(data.val, pairs, strength) for strength in (10, 30, 100, 300, 1000))
     writer.writerow({"model": "counted bigrams", "val_loss": f"{loss:.4f}",
-                     "bits_per_byte": f"{loss / math.log(2) * data.tokens_per_byte('val'):.4f}"})
+                     "bits_per_byte": f"{data.bits_per_byte('val', loss):.4f}"})
 
 
 if __name__ == "__main__":
