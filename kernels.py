@@ -1,135 +1,312 @@
-"""The k largest on a GPU, in Triton: of activations for AbsTopK, of weights for the prune.
+"""How the definitions of model.py come fast. Nothing here changes a result, and nothing here is needed.
 
-Both take magnitudes as integers, which keep the order of the floats that have these bits, and find the k-th
-largest from its highest bit down, by counting how many entries are at least so large. Exactly k are kept,
-the lower index first among equals. They run on the current device. model.py imports this only where there is
-a GPU and Triton, and a C compiler for it.
+A definition in model.py hands over with one line above it, `@kernels.hands_over_to(...)`. Without that line
+the definition itself runs, and a test holds the two equal. Magnitudes are compared as integers throughout:
+the bits of non-negative floats keep their order. In the order of the file: choosing the k largest on a CPU,
+AbsTopK, the prune, attention with a sink, Linears that are mostly zeros. kernels_triton.py has what is
+chosen on a GPU.
 """
+import functools
+import importlib.util
+import math
+import os
+import shutil
+import sysconfig
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 import torch
-import triton
-import triton.language as tl
+import torch.nn.functional as F
+from torch import nn
 
-from model import SAME_SIZE_INT
-
-LARGEST = torch.iinfo(torch.int32).max
-
-# ----------------------------------------------------------------------------------------------------------
-# of each row: AbsTopK
+SAME_SIZE_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size in bytes
 
 
-@triton.jit
-def keep_largest_kernel(x, kept, mask, n, k, BITS: tl.constexpr, INT: tl.constexpr, BLOCK: tl.constexpr):
-    """A program keeps a row in registers. It stops as soon as the bits known so far part k from the rest."""
-    start = tl.program_id(0).to(tl.int64) * n
-    column = tl.arange(0, BLOCK)
-    inside = column < n
-    values = tl.load(x + start + column, mask=inside, other=0)
-    one = tl.full((), 1, INT)
-    bits = tl.where(inside, values.to(INT) & ((one << BITS) - 1), -one)
-    kth = one - one
-    count = tl.sum(inside.to(tl.int32), 0)  # of entries that are at least kth
-    bit = BITS - 1
-    while (bit >= 0) & (count > k):
-        trial = kth + (one << bit)
-        count_of_trial = tl.sum((bits >= trial).to(tl.int32), 0)
-        kth = tl.where(count_of_trial >= k, trial, kth)
-        count = tl.where(count_of_trial >= k, count_of_trial, count)
-        bit -= 1
-    keep = bits >= kth
-    if count > k:
-        above, equal = bits > kth, bits == kth
-        room = k - tl.sum(above.to(tl.int32), 0)
-        keep = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
-    tl.store(kept + start + column, tl.where(keep, values, 0), mask=inside)
-    tl.store(mask + start + column, keep, mask=inside)
+def hands_over_to(fast):
+    """Decorate a definition: `fast` runs in its place, unless it answers NotImplemented to its arguments.
 
-
-def keep_largest(x, k):
-    """x (..., n), contiguous, with all but the k largest entries of each row zeroed, and their mask."""
-    n, integer = x.size(-1), SAME_SIZE_INT[x.itemsize]
-    kept, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
-    block = triton.next_power_of_2(n)
-    if x.numel():
-        keep_largest_kernel[(x.numel() // n,)](
-            x.view(integer), kept.view(integer), mask, n, k, BITS=8 * x.itemsize - 1, BLOCK=block,
-            INT=tl.int64 if x.itemsize == 8 else tl.int32, num_warps=max(1, min(16, block // 512)))
-    return kept, mask
-
-
-# ----------------------------------------------------------------------------------------------------------
-# of whole matrices: the prune. All of them lie end to end in one buffer, each from a multiple of BLOCK on
-
-BLOCK = 8192
-DIGIT = 4  # bits of the k-th largest that a pass over the buffer finds
-
-
-@triton.jit
-def magnitudes_kernel(p, bits, n, neuron_stride, weight_stride, J: tl.constexpr, LARGEST: tl.constexpr,
-                      BLOCK: tl.constexpr):
-    """A program writes the magnitudes of a neuron's n weights, those of its J largest as LARGEST."""
-    weight = tl.arange(0, BLOCK)
-    at = tl.program_id(0) * neuron_stride + weight * weight_stride
-    inside = weight < n
-    magnitudes = tl.where(inside, tl.load(p + at, mask=inside, other=0) & LARGEST, -1)
-    left = magnitudes
-    for _ in range(J):
-        chosen = weight == tl.argmax(left, 0)  # the lowest index among equals
-        left = tl.where(chosen, -1, left)
-        magnitudes = tl.where(chosen, LARGEST, magnitudes)
-    tl.store(bits + at, magnitudes, mask=inside)
-
-
-@triton.jit(do_not_specialize=["step"])
-def count_kernel(bits, matrix_of_block, kth, counts, step, DIGITS: tl.constexpr, BLOCK: tl.constexpr):
-    """A program counts, in a block of a matrix, what is at least kth + digit * step, for every digit."""
-    block = tl.program_id(0)
-    matrix = tl.load(matrix_of_block + block)
-    known = tl.load(kth + matrix)
-    magnitudes = tl.load(bits + block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK))
-    for digit in tl.static_range(DIGITS):
-        count = tl.sum((magnitudes >= known + digit * step).to(tl.int32), 0)
-        tl.atomic_add(counts + matrix * DIGITS + digit, count)
-
-
-def prune_(tensors):
-    """Prune a list of (p, k, j, neuron_dim) in place, as model.prune_by_topk_ does each.
-
-    p: float32, contiguous. Only the search for equals, at the end, waits for the GPU.
+    The definition itself stays at hand as `.plain`.
     """
-    assert all(p.is_contiguous() for p, *_ in tensors), "the magnitudes are laid out as contiguous matrices"
-    device = tensors[0][0].device
+    def decorate(plain):
+        @functools.wraps(plain)
+        def fast_or_plain(*args):
+            result = fast(*args)
+            return plain(*args) if result is NotImplemented else result
 
-    def to_device(values):  # without waiting for what the GPU is busy with
-        return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+        fast_or_plain.plain = plain
+        return fast_or_plain
 
-    blocks = [triton.cdiv(p.numel(), BLOCK) for p, *_ in tensors]
-    matrices = torch.arange(len(tensors), dtype=torch.int32)
-    matrix_of_block = to_device(matrices.repeat_interleave(torch.tensor(blocks)))
-    k = to_device(torch.tensor([[k] for _, k, *_ in tensors]))
-    bits = torch.full((sum(blocks) * BLOCK,), -1, dtype=torch.int32, device=device)
-    views = [part[:p.numel()].view_as(p) for part, (p, *_) in
-             zip(bits.split([n * BLOCK for n in blocks]), tensors, strict=True)]
-    for (p, _, j, neuron_dim), view in zip(tensors, views, strict=True):
-        if j:
-            n = p.size(1 - neuron_dim)
-            magnitudes_kernel[(p.size(neuron_dim),)](
-                p.view(torch.int32), view, n, p.stride(neuron_dim), p.stride(1 - neuron_dim), J=j,
-                LARGEST=LARGEST, BLOCK=triton.next_power_of_2(n))
-        else:
-            torch.bitwise_and(p.view(torch.int32), LARGEST, out=view)
+    return decorate
 
-    kth = torch.zeros(len(tensors), 1, dtype=torch.int32, device=device)
-    for shift in range(32 - DIGIT, -1, -DIGIT):
-        digits = min(2**DIGIT, 2**(31 - shift))  # the first of the 32 bits is the sign's
-        counts = torch.zeros(len(tensors), digits, dtype=torch.int32, device=device)
-        count_kernel[(len(matrix_of_block),)](bits, matrix_of_block, kth, counts, 2**shift, DIGITS=digits,
-                                              BLOCK=BLOCK, num_warps=8)
-        digit = (counts >= k).sum(1, keepdim=True) - 1  # the counts fall as the digit grows
-        kth += digit.int() * 2**shift
-    for (p, *_), view, threshold in zip(tensors, views, kth, strict=True):
-        p.masked_fill_(view < threshold, 0.0)
 
-    has_equals = (counts.gather(1, digit) > k) & (kth > 0)
-    for i in has_equals.flatten().nonzero().flatten().tolist():
-        p, above, equal = tensors[i][0], (views[i] > kth[i]).flatten(), (views[i] == kth[i]).flatten()
-        p.masked_fill_((equal & (equal.cumsum(0) > k[i] - above.sum())).view_as(p), 0.0)
+def has_compiler(device_type):
+    """Whether there is what torch.compile and Triton need: a compiler for the device, and Python.h."""
+    compiler = os.environ.get("CXX", "g++") if device_type == "cpu" else os.environ.get("CC", "gcc")
+    return bool(shutil.which(compiler)) and os.path.exists(
+        os.path.join(sysconfig.get_path("include"), "Python.h"))
+
+
+HAS_TRITON = has_compiler("cuda") and importlib.util.find_spec("triton") is not None
+
+# ----------------------------------------------------------------------------------------------------------
+# the k largest on a CPU: numpy's partition finds the k-th far faster than torch.topk or a sort
+
+
+def largest(bits, k):
+    """Mask of the k largest of each row of `bits` (rows, n), of integers; lower index first among equals."""
+    n = bits.shape[1]
+    if k == 0:
+        return np.zeros(bits.shape, bool)
+    kth = np.partition(bits, n - k, axis=1)[:, n - k, None]
+    mask = bits >= kth
+    if np.count_nonzero(mask) > k * len(bits):  # equals
+        above, equal = bits > kth, bits == kth
+        room = k - np.count_nonzero(above, axis=1, keepdims=True)
+        mask = above | (equal & (np.cumsum(equal, axis=1, dtype=np.int32) <= room))
+    return mask
+
+
+def start_workers():
+    """Threads for numpy, which keeps to the one it is called in. They do not survive a fork."""
+    global workers
+    workers = ThreadPoolExecutor(torch.get_num_threads())
+
+
+start_workers()
+os.register_at_fork(after_in_child=start_workers)
+
+
+def over_rows(f, x):
+    """Call f(slice) for slices of the rows of x (rows, n), on all cores if there is enough to do.
+
+    Every core gets an equal share, cut to slices of at most 2**18 entries, which stay in its cache from one
+    pass over them to the next; a slice of less than 2**16 is not worth waking a thread for.
+    """
+    least, most = (max(1, entries // x.shape[1]) for entries in (2**16, 2**18))
+    share = -(-len(x) // torch.get_num_threads())
+    size = max(least, min(share, most))
+    slices = [slice(start, start + size) for start in range(0, len(x), size)]
+    list(workers.map(f, slices) if len(slices) > 1 else map(f, slices))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# AbsTopK: choosing and zeroing while a slice is in the cache. It is an operator of our own, into which
+# torch.compile does not look; so is its gradient on a CPU, where the code made for bool masks is slow
+
+
+def rows_of(x):
+    """x (..., n), contiguous, as numpy integers (rows, n): the same memory."""
+    return x.view(SAME_SIZE_INT[x.itemsize]).view(-1, x.size(-1)).numpy()
+
+
+def like(x, rows):
+    """Numpy integers (rows, n) as a tensor of the dtype and shape of x: the same memory."""
+    return torch.from_numpy(rows).view(x.dtype).view(x.shape)
+
+
+@torch.library.custom_op("weight_sparse::keep_largest", mutates_args=(), device_types="cpu")
+def keep_largest(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (..., n), contiguous, with all but the k largest magnitudes of each row zeroed, and their mask."""
+    bits = rows_of(x)
+    kept, mask = np.empty_like(bits), np.empty(bits.shape, bool)
+
+    def keep(rows):
+        mask[rows] = largest(bits[rows] & np.iinfo(bits.dtype).max, k)  # without the sign
+        np.multiply(bits[rows], mask[rows], out=kept[rows])
+
+    over_rows(keep, bits)
+    return like(x, kept), torch.from_numpy(mask).view(x.shape)
+
+
+@torch.library.custom_op("weight_sparse::zero_where_not", mutates_args=(), device_types="cpu")
+def zero_where_not(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """x, contiguous, with zeros where `mask`, bool of the same shape, is false."""
+    bits = rows_of(x)
+    mask, kept = mask.view(bits.shape).numpy(), np.empty_like(bits)
+    over_rows(lambda rows: np.multiply(bits[rows], mask[rows], out=kept[rows]), bits)
+    return like(x, kept)
+
+
+@keep_largest.register_kernel("cuda")
+def keep_largest_on_gpu(x, k):
+    import kernels_triton
+
+    with torch.cuda.device_of(x):
+        return kernels_triton.keep_largest(x, k)
+
+
+def gradient_of_keep_largest(ctx, dy, _):
+    """Zero where the output was made zero. On a GPU the compiler fuses this with what is next to it."""
+    mask, = ctx.saved_tensors
+    return zero_where_not(mask, dy.contiguous()) if dy.is_cpu else torch.where(mask, dy, 0.0), None
+
+
+keep_largest.register_fake(lambda x, k: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)))
+keep_largest.register_autograd(
+    gradient_of_keep_largest,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output[1]))
+zero_where_not.register_fake(lambda mask, x: torch.empty_like(x))
+zero_where_not.register_autograd(
+    lambda ctx, dy: (None, zero_where_not(ctx.saved_tensors[0], dy.contiguous())),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]))
+
+
+def abs_topk(x, k):
+    """`model.abs_topk` on a CPU, and on a GPU that Triton can compile for."""
+    if not (x.is_cpu or (x.is_cuda and HAS_TRITON)) or not 1 <= k <= x.size(-1):
+        return NotImplemented
+    return keep_largest(x.contiguous(), k)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the prune: on a CPU a matrix for each thread, on a GPU all matrices at once
+
+
+def keep_survivors_(tensors, score):
+    """`model.keep_survivors_` on a CPU, and of float32 tensors on a GPU that Triton can compile for."""
+    if all(p.is_cpu for p, *_ in tensors):
+        list(workers.map(lambda tensor: keep_survivors_of_one_(*tensor, score), tensors))
+    elif HAS_TRITON and all(p.is_cuda and p.dtype == torch.float32 for p, *_ in tensors):
+        import kernels_triton
+
+        with torch.cuda.device_of(tensors[0][0]):
+            kernels_triton.keep_survivors_(tensors, score)
+    else:
+        return NotImplemented
+    return None
+
+
+@torch.no_grad()  # which a thread does not inherit
+def keep_survivors_of_one_(p, k, j, neuron_dim, score):
+    scores = score(p)
+    bits = scores.view(SAME_SIZE_INT[scores.itemsize]).numpy()
+    if j:
+        neurons = torch.from_numpy(bits).transpose(0, neuron_dim).contiguous()  # numpy transposes slowly
+        bits.swapaxes(0, neuron_dim)[largest(neurons.numpy(), j)] = np.iinfo(bits.dtype).max
+    weights = p.detach().view(SAME_SIZE_INT[p.itemsize]).numpy()
+    weights *= largest(bits.reshape(1, -1), k).reshape(bits.shape)
+    torch.autograd.graph.increment_version(p)  # as PyTorch's own in-place operators do
+
+
+# ----------------------------------------------------------------------------------------------------------
+# attention with a sink. q, k, v: (B, n_head, T, d_head); a single query sees all keys
+
+
+def softmax_attention(q, k, v):
+    """Attention y of a fused kernel and the lse (B, n_head, T) of its scores, causal unless T is 1.
+
+    Then two tuples, of tensors and of other things, for `gradients_of_softmax_attention`.
+    """
+    if q.is_cpu:
+        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, q.size(2) > 1)
+        return y, lse, (), ()
+    y, lse, *lengths, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, True)
+    return y, lse.view(y.shape[:3]), (seed, offset), tuple(lengths)
+
+
+def gradients_of_softmax_attention(dy, q, k, v, y, lse, tensors, others):
+    """Gradients of q, k and v."""
+    if q.is_cpu:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dy, q, k, v, y, lse, 0.0, q.size(2) > 1)
+    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        dy, q, k, v, y, lse.unsqueeze(-1), *tensors, None, *others, 0.0, True)
+
+
+class FusedSinkAttention(torch.autograd.Function):
+    """Attention with a sink by the kernels of plain causal attention, on a CPU at nearly its price.
+
+    Fused attention gives y = sum(exp(s) v) / Z and lse = log Z, with Z = sum(exp(s)). A sink adds exp(b):
+
+        y_sink = y * Z / (Z + exp(b)) = y * sigmoid(lse - b)        lse_sink = log(exp(lse) + exp(b))
+
+    Its backward pass knows the softmax by y and lse alone. It rebuilds each weight as exp(s - lse) and
+    subtracts the row sum of dy * y. Given y_sink and lse_sink it therefore yields the exact gradients of q,
+    k and v. The sink has the weight 1 - sigmoid(lse - b) and the value zero, so the gradient of b is that
+    weight times -sum(dy * y_sink).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, sink_logit):
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))  # the kernels rely on it
+        y, lse, tensors, ctx.others = softmax_attention(q, k, v)
+        b = sink_logit.view(-1, 1)
+        kept = torch.sigmoid(lse - b)  # (B, n_head, T): the share of the weight that does not go to the sink
+        y = y * kept.unsqueeze(-1).to(y.dtype)
+        ctx.save_for_backward(q, k, v, y, torch.logaddexp(lse, b), kept, *tensors)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v, y, lse, kept, *tensors = ctx.saved_tensors
+        db = -((dy * y).sum(-1) * (1 - kept)).sum((0, 2))
+        return *gradients_of_softmax_attention(dy, q, k, v, y, lse, tensors, ctx.others), db
+
+
+def attention_with_a_key_more(q, k, v, sink_logit, dropout_p):
+    """The sink as a real key at position 0, where the causal mask lets every query see it.
+
+    One coordinate more, 1 in all queries and 0 in all other keys, gives that key the logit b whatever the
+    query. For the GPUs and precisions that cuDNN's attention does not serve, and for dropout.
+    """
+    d_head, more = q.size(-1), 8  # one coordinate would do, but fused kernels want a multiple of eight
+    b = sink_logit.view(1, -1, 1, 1).expand(q.size(0), -1, 1, 1) * math.sqrt(d_head)
+    b = F.pad(b.clamp(min=-3e4).to(k.dtype), (d_head, more - 1))  # -inf is a sink switched off
+    k = torch.cat([b, F.pad(k, (0, more))], dim=2)
+    v = F.pad(v, (0, more, 1, 0))
+    q = F.pad(F.pad(q, (0, 1), value=1.0), (0, more - 1, 1, 0))  # the sink's position takes a query too
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=d_head**-0.5)
+    return y[:, :, 1:, :d_head]
+
+
+def sink_attention(q, k, v, sink_logit, dropout_p):
+    """`model.sink_attention` on a CPU without dropout, and on CUDA unless there is a single query."""
+    d_head, queries = q.size(-1), q.size(2)
+    if q.is_cpu and dropout_p == 0.0:
+        return FusedSinkAttention.apply(q, k, v, sink_logit)
+    if not q.is_cuda or queries == 1:
+        return NotImplemented
+    for_cudnn = (torch.version.cuda and q.dtype == torch.bfloat16 and d_head % 8 == 0 and d_head <= 128
+                 and dropout_p == 0.0)
+    return (FusedSinkAttention.apply(q, k, v, sink_logit) if for_cudnn else
+            attention_with_a_key_more(q, k, v, sink_logit, dropout_p))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# sampling: Linears that do not multiply their zeros
+
+
+class SparseLinear(nn.Module):
+    """A Linear with its weight as compressed sparse rows, on a CPU, without gradients."""
+
+    DENSITY = 0.2  # below this fraction of nonzeros it beats the dense product
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach()
+        with warnings.catch_warnings(action="ignore"):  # that this kind of tensor is in beta
+            csr = weight.to_sparse_csr()
+            self.weight = torch.sparse_csr_tensor(  # MKL wants int32: else they are converted in every call
+                csr.crow_indices().int(), csr.col_indices().int(), csr.values(), weight.shape)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.size(-1)).to(self.weight.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            if len(rows) == 1 and torch.backends.mkl.is_available():
+                y = self.weight @ rows[0]  # MKL's product with a vector is the faster
+            else:
+                y = (self.weight @ rows.T).T
+        y = y.reshape(*x.shape[:-1], -1).contiguous()
+        return y if self.bias is None else y + self.bias
+
+
+def use_sparse_linears_(model):
+    """Replace the Linears of a model that are mostly zeros by `SparseLinear`, in place, and return it."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear) and (child.weight != 0).float().mean() < SparseLinear.DENSITY:
+                setattr(module, name, SparseLinear(child))
+    return model

@@ -11,8 +11,9 @@ import tiktoken
 import torch
 
 from configurator import configure, fail
+from kernels import use_sparse_linears_
 from prepare import load_tokenizer
-from train import find_place, load_checkpoint, load_released, model_of
+from runs import load_checkpoint, load_released, model_of, this_process
 
 out_dir = "out"  # of the training run
 checkpoint = "ckpt.pt"  # in out_dir: 'ckpt.pt' is the latest, 'best.pt' the one of the best val loss
@@ -89,19 +90,19 @@ def spell(tokenizer, token):
 def main():
     configure(globals())
     check_settings()
-    place = find_place(device, dtype)
+    process = this_process(device, dtype)
     model, tokenizer = load_model()
-    prompt = read_prompt(tokenizer, model.config.block_size).to(place.device)
-    model.to(place.device)
-    if place.device.type == "cpu":
-        model.use_sparse_kernels_()
+    prompt = read_prompt(tokenizer, model.config.block_size).to(process.device)
+    model.to(process.device)
+    if process.device.type == "cpu":
+        use_sparse_linears_(model)
     torch.manual_seed(seed)
     for number in range(1, num_samples + 1):
         print(f"---------- sample {number} of {num_samples}")
         # a character may be spelt by several tokens: the decoder prints it when its last byte has come
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         print(tokenizer.decode(prompt[0].tolist()), end="", flush=True)
-        with place.autocast():
+        with process.autocast():
             for token in model.stream(prompt, max_new_tokens, temperature, top_k or None):
                 print(decoder.decode(spell(tokenizer, token.item())), end="", flush=True)
         print(decoder.decode(b"", final=True))

@@ -5,23 +5,15 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py ...
 
 Any setting below is changed in a config file or by a flag: --target_l0_fraction=1/32. A run that was
-interrupted goes on with the same command and --init_from=resume. The method is in `l0_at`, `lr_at` and
-`update_`; the rest is the loop around it, in the order in which things happen.
+interrupted goes on with the same command and --init_from=resume. In the order of the file: the settings, the
+method (two schedules and the update), the order of the data, the loop, and the start, which builds what the
+loop needs. What a run stands on is in runs.py, what is measured of it in measures.py.
 """
-import fcntl
-import hashlib
-import json
 import math
 import os
-import re
-import shlex
-import signal
-import sys
 import time
-import warnings
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -29,28 +21,53 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure, fail, settings_of
-from model import GPT, GPTConfig, has_compiler
+from measures import (
+    activation_statistics,
+    evaluate,
+    gradient_statistics,
+    sparsity_statistics,
+    watch_activations,
+    weight_statistics,
+)
+from model import GPT, GPTConfig
+from runs import (
+    Log,
+    StopSignal,
+    check_ranks_agree,
+    claim_out_dir,
+    compile_blocks,
+    load_checkpoint,
+    load_data,
+    load_released,
+    model_of,
+    resume_command,
+    save_checkpoint,
+    start_out_dir,
+    stop,
+    this_process,
+    windows,
+)
 
 # ----------------------------------------------------------------------------------------------------------
 # settings
 
-# model
-n_layer = GPTConfig.n_layer
-d_model = GPTConfig.d_model  # width of the residual stream
-d_head = GPTConfig.d_head  # n_head is d_model / d_head
-d_mlp = GPTConfig.d_mlp  # 0: 4 * d_model
-block_size = GPTConfig.block_size  # context, in tokens
-residual_activation = GPTConfig.residual_activation  # 'identity' or 'relu'
-activation = GPTConfig.activation  # 'gelu' or 'relu'
-use_rms_norm = GPTConfig.use_rms_norm  # False: LayerNorm
-use_bias = GPTConfig.use_bias
-tie_embeddings = GPTConfig.tie_embeddings
-use_positional_embeddings = GPTConfig.use_positional_embeddings  # True: learned, absolute
-use_bigram_table = GPTConfig.use_bigram_table
-use_attention_sinks = GPTConfig.use_attention_sinks
-dropout = GPTConfig.dropout
-activation_topk_fraction = GPTConfig.activation_topk_fraction  # 1.0: no AbsTopK
-activation_sparsity_locations = GPTConfig.activation_sparsity_locations  # any of model.LOCATIONS, by commas
+# model: these are the fields of model.GPTConfig
+n_layer = 8
+d_model = 1024  # width of the residual stream
+d_head = 16  # n_head is d_model / d_head
+d_mlp = 0  # 0: 4 * d_model
+block_size = 256  # context, in tokens
+residual_activation = "identity"  # or 'relu'
+activation = "gelu"  # or 'relu'
+use_rms_norm = True  # False: LayerNorm
+use_bias = True
+tie_embeddings = False
+use_positional_embeddings = False  # True: learned, absolute
+use_bigram_table = True
+use_attention_sinks = True
+dropout = 0.0
+activation_topk_fraction = 0.25  # of the entries at a node site stay nonzero; 1.0: no AbsTopK
+activation_sparsity_locations = "attn_in,attn_q,attn_k,attn_v,attn_out,mlp_in,mlp_neuron,mlp_out"
 # weight sparsity
 target_l0_fraction = 1 / 64  # of the entries of every matrix stay nonzero; 1.0 trains dense
 sparsity_anneal_start_fraction = 0.01  # of training; until here the model is dense
@@ -135,21 +152,6 @@ def normalize_gradients_(parameters, target_rms):
     return rms
 
 
-def gradients_of_step(network, data, scaler, step, place):
-    """Forward and backward over this rank's share of a step's micro-batches. Returns their mean loss, ()."""
-    micro_steps = range(place.rank, gradient_accumulation_steps, place.world_size)
-    total = 0.0
-    for micro_step in micro_steps:
-        x, y = training_batch(data, step, micro_step, place)
-        last = micro_step == micro_steps[-1]  # at which the gradients are averaged over the ranks
-        with nullcontext() if last or place.world_size == 1 else network.no_sync():
-            with place.autocast():
-                loss = network(x, y)[1] / len(micro_steps)
-            scaler.scale(loss).backward()
-        total += loss.detach()
-    return total
-
-
 @torch.no_grad()
 def update_(model, optimizer, scaler, step):
     """Update `step` from the gradients at hand: normalize, Adam, prune, decay. Returns their RMS before.
@@ -172,130 +174,14 @@ def update_(model, optimizer, scaler, step):
 
 def build_optimizer(model):
     """Adam without weight decay: `update_` decays by hand, after the prune."""
-    fused = next(model.parameters()).is_cuda
-    return torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(beta1, beta2), eps=eps, fused=fused)
+    return torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(beta1, beta2), eps=eps, fused=True)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# processes, device, precision
+# the order of the data, and the gradients of a step
 
 
-@dataclass
-class Place:
-    """Where this process runs, and at what precision."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-    dtype: torch.dtype
-
-    def autocast(self):
-        lower = self.dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self.dtype) if lower else nullcontext()
-
-    def sum(self, *values):
-        """Sum each of `values`, numbers, over all ranks: every rank gets the same list of floats."""
-        values = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.world_size > 1:
-            dist.all_reduce(values)
-        return values.tolist()
-
-
-def find_place(device="auto", dtype="auto"):
-    """Choose device and precision; under torchrun, join the other processes."""
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank, here = os.environ.get("LOCAL_RANK", "0"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        fail(f"device={device!r} does not exist: choose auto, cpu, cuda or cuda:N")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda:") and here > 1:
-        fail("under torchrun write --device=cuda: each rank takes the GPU of its number")
-    if device.startswith("cuda") and torch.cuda.device_count() < here:
-        fail(f"{here} process(es), {torch.cuda.device_count()} GPU(s): try --device=cpu or fewer processes")
-    device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
-    if device.type == "cuda":
-        if device.index >= torch.cuda.device_count():
-            fail(f"device={device} does not exist: try cuda:0 to cuda:{torch.cuda.device_count() - 1}")
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
-    if dtype == "auto":
-        dtype = "float32"
-        if device.type == "cuda":
-            dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    legal = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in legal:
-        fail(f"dtype={dtype!r} does not exist: choose one of auto, {', '.join(legal)}")
-    if dtype == "float16" and device.type == "cpu":
-        fail("dtype='float16' needs a GPU: on a CPU choose float32 or bfloat16")
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
-    return Place(rank, world_size, device, legal[dtype])
-
-
-# ----------------------------------------------------------------------------------------------------------
-# data
-
-
-@dataclass
-class Data:
-    """What prepare.py wrote to a folder. The tokens are memory-mapped, so a corpus may exceed the memory."""
-
-    train: np.memmap
-    val: np.memmap
-    meta: dict
-    tokenizer: str  # the text of tokenizer.json
-
-    def bits_per_byte(self, split, loss):
-        """What a loss in nats per token is in bits per byte of the text of a split."""
-        return loss / math.log(2) * (self.meta[split]["tokens"] / self.meta[split]["bytes"])
-
-
-def load_data(folder, block_size):
-    """Open and check the data in `folder`; ends the script if it cannot be trained on."""
-    remedy = "make it with python prepare.py (its settings are explained at its top)"
-    try:
-        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
-            meta = json.load(f)
-        with open(os.path.join(folder, "tokenizer.json"), encoding="utf-8") as f:
-            tokenizer = f.read()
-        sizes = {split: meta[split]["tokens"] for split in ("train", "val")}
-        vocab_size, sha256 = meta["vocab_size"], meta["tokenizer_sha256"]
-        if not all(type(n) is int and n > 0 for n in (vocab_size, *sizes.values(), meta["train"]["bytes"],
-                                                      meta["val"]["bytes"])):
-            raise ValueError("a number is not one")
-    except OSError as e:
-        fail(f"no data in {folder} ({os.path.basename(e.filename)}: {e.strerror}): {remedy}")
-    except (ValueError, KeyError, TypeError) as e:
-        fail(f"{folder}/meta.json is damaged ({type(e).__name__}: {e}): {remedy}")
-    if hashlib.sha256(tokenizer.encode()).hexdigest() != sha256:
-        fail(f"{folder}/tokenizer.json is not the one that {folder}/meta.json names: {remedy}")
-    tokens = {}
-    for split, expected in sizes.items():
-        path = os.path.join(folder, f"{split}.bin")
-        size = os.path.getsize(path) if os.path.isfile(path) else -1
-        if size != 2 * expected:
-            found = f"{size} bytes" if size >= 0 else "no such file"
-            fail(f"{path} should hold {expected} tokens in {2 * expected} bytes, but has {found}: {remedy}")
-        if expected <= block_size:
-            fail(f"{path} holds {expected} tokens, fewer than one window of block_size={block_size}: "
-                 "prepare more data, or train with a smaller --block_size")
-        tokens[split] = np.memmap(path, dtype="<u2", mode="r")
-        # one process of a node reads it all: the others would only wait for the same disk
-        if os.environ.get("LOCAL_RANK", "0") == "0" and (largest := tokens[split].max()) >= vocab_size:
-            fail(f"{path} holds the token id {largest}, beyond the vocabulary of {vocab_size}: {remedy}")
-    return Data(tokens["train"], tokens["val"], meta, tokenizer)
-
-
-def windows(tokens, starts, place):
-    """Inputs and targets (len(starts), block_size), int64 on the device: the targets are one token ahead."""
-    rows = torch.from_numpy(np.stack([tokens[s:s + block_size + 1] for s in starts]).astype(np.int64))
-    if place.device.type == "cuda":
-        rows = rows.pin_memory().to(place.device, non_blocking=True)
-    return rows[:, :-1], rows[:, 1:]
-
-
-def training_batch(data, step, micro_step, place):
+def training_batch(data, step, micro_step, process):
     """Micro-batch `micro_step` of update `step`, a function of these two and of `seed`.
 
     So a resumed run needs nothing but its step, and any number of ranks sees the same data. What else is
@@ -304,114 +190,26 @@ def training_batch(data, step, micro_step, place):
     rng = np.random.default_rng([seed, step, micro_step])
     starts = rng.integers(len(data.train) - block_size, size=batch_size)
     torch.manual_seed(int(rng.integers(2**62)))
-    return windows(data.train, starts, place)
+    return windows(data.train, starts, block_size, process)
+
+
+def gradients_of_step(network, data, scaler, step, process):
+    """Forward and backward over this rank's share of a step's micro-batches. Returns their mean loss, ()."""
+    micro_steps = range(process.rank, gradient_accumulation_steps, process.world_size)
+    total = 0.0
+    for micro_step in micro_steps:
+        x, y = training_batch(data, step, micro_step, process)
+        last = micro_step == micro_steps[-1]  # at which the gradients are averaged over the ranks
+        with nullcontext() if last or process.world_size == 1 else network.no_sync():
+            with process.autocast():
+                loss = network(x, y)[1] / len(micro_steps)
+            scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
 
 
 # ----------------------------------------------------------------------------------------------------------
-# what is logged
-
-
-def tensor_group(name):
-    """A parameter's name without its layer: the same tensor of all layers is one group."""
-    return re.sub(r"transformer\.(h\.\d+\.)?|\.weight$", "", name)
-
-
-def kurtosis(x):
-    """Of each token's channels, x (..., d_model): (...). 3 if they are Gaussian, NaN if all are equal."""
-    x = x - x.mean(-1, keepdim=True)
-    return x.pow(4).mean(-1) / x.square().mean(-1).square()
-
-
-def watch_activations(model):
-    """Let every node site, and the final norm of its input, keep statistics of what passed through it last.
-
-    They are of one token at each position, from the sequences of the batch in turn: a sample, at a fraction
-    of the cost. Of kurtosis, which differs widely between tokens, it is a rough one; experiments/evaluate.py
-    takes all of val.
-    """
-
-    def some_tokens(x):
-        positions = torch.arange(x.size(1), device=x.device)
-        return x.detach()[positions % len(x), positions].float()
-
-    def watch_site(module, inputs, output):
-        x = some_tokens(output)
-        module.statistics = torch.stack([x.count_nonzero() / x.numel(), x.square().mean().sqrt()])
-
-    def watch_residual(module, inputs):
-        module.statistics = kurtosis(some_tokens(inputs[0])).nanmean().nan_to_num()
-
-    for _, module in model.sites():
-        module.register_forward_hook(watch_site)
-    model.transformer.ln_f.register_forward_pre_hook(watch_residual)
-
-
-def activation_statistics(model):
-    """Of the last forward: the fraction of nonzeros and the RMS at each location, averaged over layers.
-
-    And the kurtosis of the final residual stream over its channels, averaged over tokens: 3 if Gaussian, and
-    rising with sparsity in the paper's figure 10.
-    """
-    found = {}
-    for location, module in model.sites():
-        found.setdefault(location, []).append(module.statistics)
-    rows = torch.stack([torch.stack(layers).mean(0) for layers in found.values()]).tolist()
-    statistics = {"activations/kurtosis_resid_final": model.transformer.ln_f.statistics.item()}
-    for location, (nonzero, rms) in zip(found, rows, strict=True):
-        statistics[f"activations/nonzero/{location}"] = nonzero
-        statistics[f"activations/rms/{location}"] = rms
-    return statistics
-
-
-@torch.no_grad()
-def gradient_statistics(model, scale):
-    """Mean, largest and smallest norm of a tensor's gradient before normalization. `scale`: the loss's."""
-    norms = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()])) / scale
-    mean, largest, smallest = torch.stack([norms.mean(), norms.max(), norms.min()]).tolist()
-    return {"gradients/norm_mean": mean, "gradients/norm_max": largest, "gradients/norm_min": smallest}
-
-
-@torch.no_grad()
-def weight_statistics(model):
-    """Norm, mean and standard deviation of the weights of each tensor group."""
-    groups = {}
-    for name, p in model.named_parameters():
-        groups.setdefault(tensor_group(name), []).append(p.flatten())
-    statistics = {}
-    for group, tensors in groups.items():
-        weights = torch.cat(tensors)
-        statistics[f"weights/norm/{group}"] = weights.norm().item()
-        statistics[f"weights/mean/{group}"] = weights.mean().item()
-        statistics[f"weights/std/{group}"] = weights.std(correction=0).item()
-    return statistics
-
-
-@torch.no_grad()
-def sparsity_statistics(model, step):
-    """What update `step` was to leave and what is there.
-
-    Nonzeros in all and in each group of pruned tensors, as number and fraction; neurons with no weight left.
-    """
-    nonzero, total, dead = {}, {}, []
-    for name, p, neuron_dim in model.sparse_parameters():
-        group = tensor_group(name)
-        nonzero[group] = nonzero.get(group, 0) + p.count_nonzero()
-        total[group] = total.get(group, 0) + p.numel()
-        if neuron_dim is not None:
-            dead.append((p == 0).all(dim=1 - neuron_dim).sum())
-    numbers = torch.stack([*nonzero.values(), torch.stack(dead).sum()]).tolist()
-    statistics = {
-        "sparsity/l0": l0_at(step),
-        "sparsity/l0_target": target_l0_fraction,
-        "sparsity/sharkfin": sharkfin_at(step),
-        "sparsity/nonzero": sum(numbers[:-1]),
-        "sparsity/fraction": sum(numbers[:-1]) / sum(total.values()),
-        "sparsity/dead_neurons": numbers[-1],
-    }
-    for group, number in zip(nonzero, numbers, strict=False):
-        statistics[f"sparsity/nonzero/{group}"] = number
-        statistics[f"sparsity/fraction/{group}"] = number / total[group]
-    return statistics
+# the loop
 
 
 def due(step, every_n_steps):
@@ -419,209 +217,101 @@ def due(step, every_n_steps):
     return every_n_steps > 0 and (step % every_n_steps == 0 or step == max_iters - 1)
 
 
-class Log:
-    """Where the records of rank 0 go: the terminal, out_dir/log.jsonl and, if asked, wandb."""
-
-    def __init__(self, start):
-        """Records from step `start` on will be made again: drop those that an interrupted run left."""
-        self.path, self.wandb = os.path.join(out_dir, "log.jsonl"), None
-        try:
-            kept = []
-            if start and os.path.exists(self.path):
-                with open(self.path, encoding="utf-8") as f:
-                    records = [json.loads(line) for line in f if line.endswith("}\n")]  # one may be torn
-                kept = [json.dumps(record) + "\n" for record in records if record["step"] < start]
-            with open(self.path + ".tmp", "w", encoding="utf-8") as f:
-                f.writelines(kept)
-            os.replace(self.path + ".tmp", self.path)
-        except (OSError, ValueError) as e:
-            fail(f"cannot rewrite {self.path} ({e}): repair it or move it away")
-        if wandb_log:
-            self.start_wandb()
-
-    def start_wandb(self):
-        try:
-            import wandb
-        except ImportError:
-            fail("wandb is not installed: pip install -r requirements.txt, or --wandb_log=False")
-        name = wandb_run_name or os.path.basename(os.path.abspath(out_dir))
-        try:
-            settings = settings_of(globals())
-            self.wandb = wandb.init(project=wandb_project, name=name, dir=out_dir, config=settings)
-        except wandb.Error as e:
-            fail(f"wandb: {' '.join(str(e).split())} (or set WANDB_MODE=offline, or --wandb_log=False)")
-
-    def write(self, record):
-        """Write one record, a dict of numbers with their step."""
-        try:
-            with open(self.path, "a", encoding="utf-8") as f:
-                f.write(json.dumps(record) + "\n")
-        except OSError as e:
-            fail(f"cannot write {self.path} ({e.strerror}): make room, then --init_from=resume")
-        if self.wandb:
-            self.wandb.log(record, step=record["step"])
-        line = f"step {record['step']:5d}"
-        if "val/loss" in record:
-            print(f"{line} | train loss {record['train/loss']:.4f} | val loss {record['val/loss']:.4f} | "
-                  f"{record['val/bits_per_byte']:.4f} bits per byte", flush=True)
-        if "loss" in record:
-            rms = math.inf if record["grad_rms"] is None else record["grad_rms"]
-            print(f"{line} | loss {record['loss']:.4f} | lr {record['lr']:.2e} | L0 {record['l0']:.4f} | "
-                  f"grad RMS {rms:.1e} | {record['tokens_per_second']:,.0f} tokens/s | "
-                  f"{record['seconds_left'] / 60:.1f} min left", flush=True)
-
-    def close(self):
-        if self.wandb:
-            self.wandb.finish()
+def save(name, model, optimizer, scaler, step, best, data):
+    save_checkpoint(os.path.join(out_dir, name), model, optimizer, scaler, settings=settings_of(globals()),
+                    step=step, best_l0=best[0], best_val_loss=best[1],
+                    tokenizer_sha256=data.meta["tokenizer_sha256"])
 
 
-# ----------------------------------------------------------------------------------------------------------
-# evaluation and checkpoints
+def evaluate_and_save(model, optimizer, scaler, data, process, step, best, log):
+    """What happens at every evaluation. Returns the best (L0, val loss) so far."""
+    check_ranks_agree(model, process, step, out_dir)
+    losses = evaluate(model, data, process, eval_iters, batch_size)
+    if not math.isfinite(losses["val/loss"]):
+        stop(f"at step {step} the val loss is {losses['val/loss']}", out_dir)
+    result = l0_at(max(step - 1, 0)), losses["val/loss"]
+    better, best = result < best, min(result, best)  # the sparser model is the better, then the lower loss
+    if process.rank == 0:
+        log.write({"step": step, **losses, "val/best_loss": best[1]})
+        for name in ("best.pt", "ckpt.pt") if better else ("ckpt.pt",):
+            save(name, model, optimizer, scaler, step, best, data)
+    return best
 
 
-@torch.no_grad()
-def evaluate(model, data, place):
-    """Loss in nats per token, and bits per byte, on evenly spaced windows of both splits.
+def train(process, data, model, optimizer, scaler, step, best):
+    """Make the updates from `step` on, with all that goes on around them. best: (L0, val loss) so far."""
+    master = process.rank == 0
+    log = Log(out_dir, step) if master else None
+    if master and wandb_log:
+        log.start_wandb(wandb_project, wandb_run_name, settings_of(globals()))
+    stop_signal = StopSignal()
+    watch_activations(model)
+    if compile:
+        compile_blocks(model, process)
+    network = model
+    if process.world_size > 1:
+        network = DistributedDataParallel(model, [process.device] if process.device.type == "cuda" else None)
+    tokens_per_step = gradient_accumulation_steps * batch_size * block_size
+    seconds = []  # that steps took since they were last logged
+    if master:
+        announce(model, tokens_per_step, process)
 
-    The windows are the same at each call and are shared out over the ranks. No random number is drawn.
-    """
-    model.eval()
-    record = {}
-    for split in ("train", "val"):
-        tokens = getattr(data, split)
-        starts = np.linspace(0, len(tokens) - block_size - 1, eval_iters * batch_size).astype(np.int64)
-        total = torch.zeros((), dtype=torch.float64, device=place.device)
-        for batch in starts.reshape(eval_iters, batch_size)[place.rank::place.world_size]:
-            with place.autocast():
-                total += model(*windows(tokens, batch, place))[1]
-        loss = place.sum(total.item())[0] / eval_iters
-        record[f"{split}/loss"] = loss
-        record[f"{split}/bits_per_byte"] = data.bits_per_byte(split, loss)
-    model.train()
-    return record
+    while True:
+        if step % eval_interval == 0 or step == max_iters:
+            best = evaluate_and_save(model, optimizer, scaler, data, process, step, best, log)
+        if step == max_iters:
+            break
 
+        begun, record = time.perf_counter(), {}
+        loss = gradients_of_step(network, data, scaler, step, process)
+        if master and due(step, log_gradients_every_n_steps):
+            record |= gradient_statistics(model, scaler.get_scale())
+        rms = update_(model, optimizer, scaler, step)
+        # one message to all ranks; with the stop signal as a number in it, they stop after the same step
+        loss, rms, stopping = process.sum(loss.item() / process.world_size, rms.item() / process.world_size,
+                                          float(stop_signal.received is not None))
+        seconds.append(time.perf_counter() - begun)
+        overflow = not math.isfinite(rms) and scaler.get_scale() > 1  # of float16: Adam was skipped
+        if not math.isfinite(loss) or not (math.isfinite(rms) or overflow):
+            stop(f"at step {step} the loss is {loss} and the gradients' RMS {rms}", out_dir)
 
-def check_ranks_agree(model, place, step):
-    """Compare a checksum of all weights across ranks; end the run if they differ by a single bit."""
-    if place.world_size == 1:
-        return
-    checksum = torch.zeros(1, dtype=torch.int64, device=place.device)
-    for p in model.parameters():
-        checksum = 31 * checksum + p.detach().view(torch.int32).sum(dtype=torch.int64)
-    checksums = [torch.empty_like(checksum) for _ in range(place.world_size)]
-    dist.all_gather(checksums, checksum)
-    differing = [rank for rank, other in enumerate(checksums) if other != checksums[0]]
-    if differing:
-        stop(f"at step {step} the weights of rank {differing[0]} differ from those of rank 0")
+        if master and due(step, log_every_n_steps):
+            seconds_per_step = sum(seconds) / len(seconds)
+            seconds.clear()
+            record |= {"loss": loss, "lr": lr_at(step), "l0": l0_at(step),
+                       "grad_rms": None if overflow else rms, "tokens": (step + 1) * tokens_per_step,
+                       "tokens_per_second": tokens_per_step / seconds_per_step,
+                       "seconds_left": seconds_per_step * (max_iters - 1 - step)}
+            record |= activation_statistics(model)
+        if master and due(step, log_weights_every_n_steps):
+            record |= weight_statistics(model)
+        if master and due(step, log_sparsity_every_n_steps):
+            record |= {"sparsity/l0": l0_at(step), "sparsity/l0_target": target_l0_fraction,
+                       "sparsity/sharkfin": sharkfin_at(step), **sparsity_statistics(model)}
+        if record:
+            log.write({"step": step, **record})
+        step += 1
 
+        if stopping:
+            check_ranks_agree(model, process, step, out_dir)
+            if master:
+                save("ckpt.pt", model, optimizer, scaler, step, best, data)
+                print(f"stopped before step {step}; go on with: {resume_command()}", flush=True)
+            break
 
-def save_checkpoint(name, model, optimizer, scaler, step, best, data):
-    """Write out_dir/`name` beside and rename it into place: whatever happens, a whole checkpoint is there.
-
-    The random state takes no room: all that is random in training is a function of the seed and the step.
-    """
-    path = os.path.join(out_dir, name)
-    checkpoint = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "config": asdict(model.config),
-        "settings": settings_of(globals()),
-        "step": step,  # updates made
-        "best_val_loss": best[1],
-        "best_l0": best[0],  # of the model that had this loss
-        "tokenizer_sha256": data.meta["tokenizer_sha256"],
-        "torch": str(torch.__version__),
-    }
-    try:
-        with open(path + ".tmp", "wb") as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as e:
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
-        fail(f"cannot write {path} ({e}); the one before it is whole: make room, then --init_from=resume")
-
-
-def load_checkpoint(path):
-    """The checkpoint at `path`, a dict as `save_checkpoint` makes it, on the CPU. Runs no code from it."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # our line, below, is enough
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"model", "optimizer", "scaler", "config", "settings", "step", "best_val_loss", "best_l0",
-                   "tokenizer_sha256"} - checkpoint.keys()
-    except FileNotFoundError:
-        fail(f"no checkpoint at {path}: train without --init_from=resume first, or check --out_dir")
-    except Exception as e:  # noqa: BLE001  what torch.load raises depends on what is in the file
-        fail(f"{path} is no readable checkpoint ({type(e).__name__}): restore it, or give another --out_dir")
-    if missing:
-        fail(f"{path} is no checkpoint of train.py (it lacks {', '.join(sorted(missing))}): choose another")
-    return checkpoint
+    if master:
+        log.close()
 
 
-def model_of(checkpoint):
-    """The model that a checkpoint holds."""
-    try:
-        model = GPT(GPTConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"])
-    except (RuntimeError, TypeError, ValueError) as e:
-        reason = " ".join(str(e).split())
-        fail(f"the checkpoint does not fit model.py, use the code that wrote it: {reason}")
-    return model
-
-
-def load_released(folder):
-    """A model in the format of github.com/openai/circuit_sparsity."""
-    try:
-        return GPT.from_circuit_sparsity(folder)
-    except (OSError, ValueError) as e:
-        fail(f"init_from={folder} must be 'scratch', 'resume' or the folder of a released model: {e}")
+def announce(model, tokens_per_step, process):
+    n, pruned = (sum(p.numel() for p in ps) for ps in (model.parameters(), model.decayed_parameters()))
+    print(f"{n:,} parameters, {pruned:,} in matrices that are pruned to {target_l0_fraction:.4%} | "
+          f"{max_iters:,} steps of {tokens_per_step:,} tokens | "
+          f"{process.world_size} x {process.device.type}, {process.dtype}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# the run
-
-
-def stop(message):
-    """End a run that cannot go on, naming what is left of it: exit status 1. No checkpoint is written."""
-    path = os.path.join(out_dir, "ckpt.pt")
-    left = f"the last good checkpoint is {path}" if os.path.exists(path) else "there is no checkpoint yet"
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}; {left}", file=sys.stderr, flush=True)
-    raise SystemExit(1)
-
-
-class StopSignal:
-    """Notes SIGINT or SIGTERM, for the loop to see after the step. A second one ends the process at once.
-
-    A scheduler that signals all processes reaches those of torchrun twice, as torchrun passes its own signal
-    on: there, a second one counts only if it comes seconds later.
-    """
-
-    def __init__(self):
-        self.received = None  # when
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
-
-    def receive(self, number, frame):
-        grace = 5 if "LOCAL_RANK" in os.environ else 0
-        if self.received and time.monotonic() - self.received >= grace:
-            os._exit(128 + number)
-        self.received = self.received or time.monotonic()
-
-
-def resume_command():
-    """The command line of this run, with --init_from=resume."""
-    launcher = ["python"]
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        launcher = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
-    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
-        launcher += [f"--nnodes={os.environ['GROUP_WORLD_SIZE']}", "--rdzv_backend=c10d",
-                     "--rdzv_endpoint=HOST:29400"]
-    arguments = [a for a in sys.argv if not a.startswith("--init_from=")]
-    return shlex.join([*launcher, *arguments, "--init_from=resume"])
+# the start
 
 
 def check_settings(world_size):
@@ -673,51 +363,15 @@ def build_model(model, vocab_size, given):
     return model
 
 
-def claim_out_dir():
-    """Keep other runs out of out_dir. Returns a file that holds the lock while it is open."""
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        lock = open(os.path.join(out_dir, "lock"), "w")  # noqa: SIM115  closed by `main`
-    except OSError as e:
-        fail(f"cannot write to out_dir={out_dir} ({e.strerror}): choose another --out_dir")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"another run is writing to out_dir={out_dir}: stop it, or choose another --out_dir")
-    except OSError:
-        pass  # a file system without locks
-    return lock
-
-
-def start_out_dir(data):
-    """Make out_dir ready for a new run. What another run left there is moved aside, never overwritten."""
-    try:
-        if {"meta.json", "beeg_config.json"} & set(os.listdir(out_dir)):
-            fail(f"out_dir={out_dir} holds data or a released model: choose another --out_dir")
-        if os.path.exists(os.path.join(out_dir, "ckpt.pt")):
-            n = 1
-            while os.path.exists(aside := os.path.join(out_dir, f"previous-{n}")):
-                n += 1
-            os.mkdir(aside)
-            for name in ("ckpt.pt", "best.pt", "log.jsonl", "tokenizer.json"):
-                if os.path.exists(os.path.join(out_dir, name)):
-                    os.replace(os.path.join(out_dir, name), os.path.join(aside, name))
-            print(f"{out_dir} held another run, which is now in {aside}")
-        with open(os.path.join(out_dir, "tokenizer.json"), "w", encoding="utf-8") as f:
-            f.write(data.tokenizer)
-    except OSError as e:
-        fail(f"cannot write to out_dir={out_dir} ({e.strerror}): choose another --out_dir")
-
-
-def compile_blocks(model, place):
-    """Compile the blocks, in place: they share one compilation, and the raw model stays what is saved."""
-    if not has_compiler(place.device.type):
-        if place.rank == 0:
-            print("no compiler (gcc, g++) or no Python.h (python3-dev): running without torch.compile")
-        return
-    torch._dynamo.config.optimize_ddp = False  # blocks are small enough for DDP
-    for block in model.transformer.h:
-        block.compile()
+def check_tokenizer(model, data):
+    """End the script if a released model was trained with another tokenizer than the data's."""
+    needed, same = model.tokenizer_name, model.tokenizer_name == data.meta["tokenizer"]
+    if model.tokenizer_sha256:  # the tokenizer itself is at hand: its name says little
+        needed = os.path.join(init_from, "tokenizer.json")
+        same = model.tokenizer_sha256 == data.meta["tokenizer_sha256"]
+    if not same:
+        fail(f"data/{dataset} was made with --tokenizer={data.meta['tokenizer']}, but the model needs "
+             f"{needed}: prepare the data with it")
 
 
 def main():
@@ -732,118 +386,37 @@ def main():
         adopted = {name: getattr(model.config, name) for name in MODEL_SETTINGS}
     changed = {k: globals()[k] for k in sorted(given & adopted.keys()) if globals()[k] != adopted[k]}
     globals().update(adopted | changed)
-    place = find_place(device, dtype)
-    check_settings(place.world_size)
+    process = this_process(device, dtype)
+    check_settings(process.world_size)
     data = load_data(os.path.join("data", dataset), block_size)
     torch.manual_seed(seed)
-    if model and model.tokenizer_name != data.meta["tokenizer"]:
-        fail(f"data/{dataset} was made with --tokenizer={data.meta['tokenizer']}, but the model needs "
-             f"{model.tokenizer_name}: prepare the data with it")
+    if model:
+        check_tokenizer(model, data)
     if checkpoint:
         if checkpoint["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
             fail(f"data/{dataset} has another tokenizer than the run's data had: choose that --dataset")
         model = model_of(checkpoint)
-    model = build_model(model, data.meta["vocab_size"], given).to(place.device)
+    model = build_model(model, data.meta["vocab_size"], given).to(process.device)
     optimizer = build_optimizer(model)
-    scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
-    step, best = 0, (1.0, math.inf)  # best: L0 and val loss
+    scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
+    step, best = 0, (1.0, math.inf)
     if checkpoint:
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]["state"]})
+        # Adam's moments come back; its betas and eps are those of the settings, which may have changed
+        moments = {"state": checkpoint["optimizer"]["state"]}
+        optimizer.load_state_dict(optimizer.state_dict() | moments)
         if scaler.is_enabled() and checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
         step, best = checkpoint["step"], (checkpoint["best_l0"], checkpoint["best_val_loss"])
         if step > max_iters:
             fail(f"max_iters={max_iters} is less than the {step} updates that this run has made: raise it")
-        if place.rank == 0 and changed:
+        if process.rank == 0 and changed:
             print("changed since the checkpoint:", ", ".join(f"{k}={v!r}" for k, v in changed.items()))
-    with claim_out_dir() if place.rank == 0 else nullcontext():
-        if place.rank == 0 and not checkpoint:
-            start_out_dir(data)
-        train(place, data, model, optimizer, scaler, step, best)
+    with claim_out_dir(out_dir) if process.rank == 0 else nullcontext():
+        if process.rank == 0 and not checkpoint:
+            start_out_dir(out_dir, data.tokenizer)
+        train(process, data, model, optimizer, scaler, step, best)
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def announce(model, tokens_per_step, place):
-    n, pruned = (sum(p.numel() for p in ps) for ps in (model.parameters(), model.decayed_parameters()))
-    print(f"{n:,} parameters, {pruned:,} in matrices that are pruned to {target_l0_fraction:.4%} | "
-          f"{max_iters:,} steps of {tokens_per_step:,} tokens | "
-          f"{place.world_size} x {place.device.type}, {place.dtype}", flush=True)
-
-
-def evaluate_and_save(model, optimizer, scaler, data, place, step, best, log):
-    """What happens at every evaluation. Returns the best (L0, val loss) so far."""
-    check_ranks_agree(model, place, step)
-    losses = evaluate(model, data, place)
-    if not math.isfinite(losses["val/loss"]):
-        stop(f"at step {step} the val loss is {losses['val/loss']}")
-    result = l0_at(max(step - 1, 0)), losses["val/loss"]
-    better, best = result < best, min(result, best)  # the sparser model is the better, then the lower loss
-    if place.rank == 0:
-        log.write({"step": step, **losses, "val/best_loss": best[1]})
-        for name in ("best.pt", "ckpt.pt") if better else ("ckpt.pt",):
-            save_checkpoint(name, model, optimizer, scaler, step, best, data)
-    return best
-
-
-def train(place, data, model, optimizer, scaler, step, best):
-    """Make the updates from `step` on, with all that goes on around them."""
-    master = place.rank == 0
-    log = Log(step) if master else None
-    stop_signal = StopSignal()
-    watch_activations(model)
-    if compile:
-        compile_blocks(model, place)
-    network = model
-    if place.world_size > 1:
-        network = DistributedDataParallel(model, [place.device] if place.device.type == "cuda" else None)
-    tokens_per_step = gradient_accumulation_steps * batch_size * block_size
-    seconds = []  # that steps took since they were last logged
-    if master:
-        announce(model, tokens_per_step, place)
-
-    while True:
-        if step % eval_interval == 0 or step == max_iters:
-            best = evaluate_and_save(model, optimizer, scaler, data, place, step, best, log)
-        if step == max_iters:
-            break
-
-        begun, record = time.perf_counter(), {}
-        loss = gradients_of_step(network, data, scaler, step, place)
-        if master and due(step, log_gradients_every_n_steps):
-            record |= gradient_statistics(model, scaler.get_scale())
-        rms = update_(model, optimizer, scaler, step)
-        loss, rms, stopping = place.sum(loss.item() / place.world_size, rms.item() / place.world_size,
-                                        stop_signal.received is not None)
-        seconds.append(time.perf_counter() - begun)
-        overflow = not math.isfinite(rms) and scaler.get_scale() > 1  # of float16: Adam was skipped
-        if not math.isfinite(loss) or not (math.isfinite(rms) or overflow):
-            stop(f"at step {step} the loss is {loss} and the gradients' RMS {rms}")
-        if master and due(step, log_every_n_steps):
-            seconds_per_step = sum(seconds) / len(seconds)
-            seconds.clear()
-            record |= {"loss": loss, "lr": lr_at(step), "l0": l0_at(step),
-                       "grad_rms": None if overflow else rms, "tokens": (step + 1) * tokens_per_step,
-                       "tokens_per_second": tokens_per_step / seconds_per_step,
-                       "seconds_left": seconds_per_step * (max_iters - 1 - step)}
-            record |= activation_statistics(model)
-        if master and due(step, log_weights_every_n_steps):
-            record |= weight_statistics(model)
-        if master and due(step, log_sparsity_every_n_steps):
-            record |= sparsity_statistics(model, step)
-        if record:
-            log.write({"step": step, **record})
-        step += 1
-
-        if stopping:
-            check_ranks_agree(model, place, step)
-            if master:
-                save_checkpoint("ckpt.pt", model, optimizer, scaler, step, best, data)
-                print(f"stopped before step {step}; go on with: {resume_command()}", flush=True)
-            break
-
-    if master:
-        log.close()
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ import sys
 import numpy as np
 import torch
 
-import train
 from configurator import configure, fail
+from measures import kurtosis, sparsity_statistics
+from runs import load_checkpoint, load_data, model_of, this_process, windows
 
 out_dirs = "out"  # of training runs, by commas, all on the same data
 checkpoint = "ckpt.pt"  # or best.pt
@@ -32,11 +33,11 @@ LARGEST_VOCABULARY = 2**13  # of which bigrams are counted: in a table of its sq
 
 def load_run(out_dir, checkpoint):
     """A run: its checkpoint (a dict) without the optimizer, the model, ready to be evaluated, the data."""
-    saved = train.load_checkpoint(os.path.join(out_dir, checkpoint))
+    saved = load_checkpoint(os.path.join(out_dir, checkpoint))
     del saved["optimizer"]  # twice the size of the model, and of no use here
-    model = train.model_of(saved).eval()
+    model = model_of(saved).eval()
     folder = os.path.join("data", saved["settings"]["dataset"])
-    data = train.load_data(folder, model.config.block_size)
+    data = load_data(folder, model.config.block_size)
     if data.meta["tokenizer_sha256"] != saved["tokenizer_sha256"]:
         fail(f"{folder} has another tokenizer than the model of {out_dir} was trained with: prepare that "
              "data again")
@@ -48,19 +49,18 @@ def standard_error(values):
 
 
 @torch.no_grad()
-def measure(model, data, place):
+def measure(model, data, process):
     """Loss in nats per token, and kurtosis of the final residual stream, of each window of val."""
     T, losses, kurtoses = model.config.block_size, [], []
-    train.block_size = T
     starts = np.arange(0, len(data.val) - T, T)
     for batch in np.array_split(starts, math.ceil(len(starts) / batch_size)):
-        idx, targets = train.windows(data.val, batch, place)
-        with place.autocast():
+        idx, targets = windows(data.val, batch, T, process)
+        with process.autocast():
             x = model.residual_stream(idx)
             logits = model.unembed(x, idx)
         loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         losses += loss.mean(1).tolist()
-        kurtoses += train.kurtosis(x.float()).nanmean(1).tolist()
+        kurtoses += kurtosis(x.float()).nanmean(1).tolist()
     return np.array(losses), np.array(kurtoses)
 
 
@@ -85,16 +85,16 @@ def main():
     configure(globals())
     if batch_size < 1:
         fail(f"batch_size={batch_size} must be at least 1")
-    place = train.find_place(device, dtype)
+    process = this_process(device, dtype)
     runs = [load_run(out_dir, checkpoint) for out_dir in out_dirs.split(",")]
     if len({saved["settings"]["dataset"] for saved, _, _ in runs}) > 1:
         fail(f"out_dirs={out_dirs} were not all trained on the same data: evaluate them apart")
     writer = csv.DictWriter(sys.stdout, COLUMNS)
     writer.writeheader()
     for out_dir, (saved, model, data) in zip(out_dirs.split(","), runs, strict=True):
-        losses, kurtoses = measure(model.to(place.device), data, place)
+        losses, kurtoses = measure(model.to(process.device), data, process)
         kurtoses = kurtoses[~np.isnan(kurtoses)]
-        sparsity = train.sparsity_statistics(model, saved["step"])
+        sparsity = sparsity_statistics(model)
         writer.writerow({
             "model": os.path.basename(os.path.abspath(out_dir)), "updates": saved["step"],
             "prunable": sum(p.numel() for _, p, _ in model.sparse_parameters()),

@@ -17,9 +17,9 @@ from functools import partial
 import numpy as np
 import torch
 
-import plot
 import sample
 from configurator import configure, fail
+from experiments import plot
 from experiments.evaluate import load_run
 from prepare import load_tokenizer
 

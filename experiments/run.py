@@ -268,7 +268,7 @@ def run_scaling(runs):
 
 def draw_scaling(runs):
     """Val loss against nonzero weights: a color for each width, dashes for the longer runs."""
-    import plot  # and matplotlib: a run has no need of it
+    from experiments import plot  # and matplotlib: a run has no need of it
 
     colors = {f"d_model {d_model}": f"C{i}" for i, d_model in enumerate(WIDTHS)} | {"dense": "0.4"}
     figure, axis = plot.plt.subplots(figsize=(7, 4.5))

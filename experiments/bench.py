@@ -1,7 +1,7 @@
 """What sparsity costs and what it saves: ours beside the alternatives, all measured in one run.
 
-    python bench.py                # all rows, at sizes for the device: minutes
-    python bench.py --only=prune   # the rows whose function's name contains this
+    python -m experiments.bench                # all rows, at sizes for the device: minutes
+    python -m experiments.bench --only=prune   # the rows whose function's name contains this
 
 A figure is the median of `repeats` calls after a warm-up. The ratio is ours to the first alternative: it can
 be compared between machines and days, the times cannot, for machines are shared and noisy.
@@ -18,9 +18,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import measures
 import train
 from configurator import configure, fail
-from model import GPT, AbsTopK, GPTConfig, causal_attention, sink_attention
+from kernels import use_sparse_linears_
+from model import GPT, AbsTopK, GPTConfig, abs_topk, keep_survivors_, score, sink_attention
+from runs import Data, compile_blocks, this_process
 
 only = ""  # measure the rows whose name contains this; '': all
 device = "auto"
@@ -76,13 +79,13 @@ def topk_prune_(model, l0_fraction, min_weights_per_neuron=4, sparsify_biases=Tr
 # measuring
 
 
-def seconds(run, place, warmup=2):
+def seconds(run, process, warmup=2):
     """Median time of `repeats` calls of `run`, after a warm-up."""
     times = []
     for i in range(warmup + repeats):
         begun = time.perf_counter()
         run()
-        if place.device.type == "cuda":
+        if process.device.type == "cuda":
             torch.cuda.synchronize()
         if i >= warmup:
             times.append(time.perf_counter() - begun)
@@ -98,35 +101,41 @@ def row(name, ours, *others, unit="ms", scale=1e3):
     print(" | ".join(cells), flush=True)
 
 
+def causal_attention(q, k, v, sink_logit, dropout_p):
+    """Plain causal attention. A single query is the newest token: it sees all keys."""
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=q.size(2) > 1)
+
+
 def dense_twin(config):
-    """The same shapes with nothing sparse, and no sink."""
-    return replace(config, activation_topk_fraction=1.0, use_attention_sinks=False)
+    """A GPT of the same shapes with nothing sparse, and no sink."""
+    model = GPT(replace(config, activation_topk_fraction=1.0, use_attention_sinks=False))
+    for block in model.transformer.h:
+        block.attn.attend = causal_attention
+    return model
 
 
-def step_runner(config, batch, place, kind):
+def step_runner(config, batch, process, kind):
     """A function that makes one step at the target L0, and its model. kind: ours, dense or plain."""
     sparse = kind != "dense"
-    if not sparse:
-        config = dense_twin(config)
     train.batch_size, train.block_size, train.gradient_accumulation_steps = batch, config.block_size, 1
     train.max_iters, train.target_l0_fraction = 1000, 1 / 64 if sparse else 1.0
     torch.manual_seed(0)
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=2**20).astype(np.uint16)
-    data = train.Data(tokens, tokens, {}, "")
-    model = GPT(config).to(place.device)
+    data = Data(tokens, tokens, {}, "")
+    model = (GPT(config) if sparse else dense_twin(config)).to(process.device)
     optimizer = train.build_optimizer(model)
-    scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
-    train.watch_activations(model)
+    scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
+    measures.watch_activations(model)
     if kind == "plain":
         replace_by_plain(model)
     elif compile:
-        train.compile_blocks(model, place)
+        compile_blocks(model, process)
 
     steps = itertools.count(600)  # past the anneal
 
     def step():
         i = next(steps)
-        train.gradients_of_step(model, data, scaler, i, place)
+        train.gradients_of_step(model, data, scaler, i, process)
         train.update_(model, optimizer, scaler, i)
 
     return step, model
@@ -146,30 +155,32 @@ def replace_by_plain(model):
 # the rows
 
 
-def sizes(place):
+def sizes(process):
     """Configuration and batch size of a training step that takes about a second."""
-    return (DEFAULT, 64) if place.device.type == "cuda" else (SMALL, 8)
+    return (DEFAULT, 64) if process.device.type == "cuda" else (SMALL, 8)
 
 
-def bench_step(place):
-    config, batch = sizes(place)
-    ours, dense, plain = (seconds(step_runner(config, batch, place, kind)[0], place)
+def bench_step(process):
+    config, batch = sizes(process)
+    ours, dense, plain = (seconds(step_runner(config, batch, process, kind)[0], process)
                           for kind in ("ours", "dense", "plain"))
     row(f"training step, d_model {config.d_model}, batch {batch} x {config.block_size}", ours,
         ("dense twin", dense), ("plain, eager", plain))
 
 
-def bench_abs_topk(place):
+def bench_abs_topk(process):
     for n in (1024, 4096):
-        x = torch.randn(16384, n, device=place.device, dtype=place.dtype, requires_grad=True)
+        x = torch.randn(16384, n, device=process.device, dtype=process.dtype, requires_grad=True)
         dy = torch.randn_like(x)
-        ours, plain, copy = (
-            seconds(lambda f=f, x=x, dy=dy: torch.autograd.grad(f(x), x, dy), place)
-            for f in (AbsTopK(n // 4), PlainAbsTopK(n // 4), lambda x: x * 1.0))
-        row(f"AbsTopK forward + backward, 16384 x {n}", ours, ("topk + scatter", plain), ("x * 1.0", copy))
+        ours, plain, definition, copy = (
+            seconds(lambda f=f, x=x, dy=dy: torch.autograd.grad(f(x), x, dy), process)
+            for f in (AbsTopK(n // 4), PlainAbsTopK(n // 4), lambda x, k=n // 4: abs_topk.plain(x, k),
+                      lambda x: x * 1.0))
+        row(f"AbsTopK forward + backward, 16384 x {n}", ours, ("topk + scatter", plain),
+            ("definition", definition), ("x * 1.0", copy))
 
 
-def seconds_to_prune(model, prune, place):
+def seconds_to_prune(model, prune, process):
     """Of dense weights, as they are after an optimizer step: the time of copying them back is taken off."""
     dense = [p.detach().clone() for p in model.parameters()]
 
@@ -180,33 +191,44 @@ def seconds_to_prune(model, prune, place):
         copy()
         prune(model, 1 / 64)
 
-    return seconds(run, place) - seconds(copy, place)
+    return seconds(run, process) - seconds(copy, process)
 
 
-def bench_prune(place):
-    model = GPT(DEFAULT).to(place.device)
-    row("prune of the default model", seconds_to_prune(model, GPT.prune_, place),
-        ("topk per matrix", seconds_to_prune(model, topk_prune_, place)))
-    config, batch = sizes(place)
-    step, _ = step_runner(config, batch, place, "ours")
-    row(f"prune, of the step at d_model {config.d_model}",
-        seconds_to_prune(GPT(config).to(place.device), GPT.prune_, place), ("step", seconds(step, place)))
+def prune_by_definition_(model, l0_fraction):
+    with torch.no_grad():
+        for _, p, neuron_dim in model.sparse_parameters():
+            j = 0 if neuron_dim is None else 4
+            keep_survivors_.plain([(p, max(1, int(l0_fraction * p.numel())), j, neuron_dim)], score)
 
 
-def bench_attention(place):
+def bench_prune(process):
+    model = GPT(DEFAULT).to(process.device)
+    row("prune of the default model", seconds_to_prune(model, GPT.prune_, process),
+        ("topk per matrix", seconds_to_prune(model, topk_prune_, process)))
+    config, batch = sizes(process)
+    step, _ = step_runner(config, batch, process, "ours")
+    model = GPT(config).to(process.device)
+    row(f"prune, of the step at d_model {config.d_model}", seconds_to_prune(model, GPT.prune_, process),
+        ("step", seconds(step, process)),
+        ("definition", seconds_to_prune(model, prune_by_definition_, process)))
+
+
+def bench_attention(process):
     for T in (256, 1024):
-        q, k, v = torch.randn(3, 8192 // T, 32, T, 16, device=place.device, dtype=place.dtype).unbind()
-        inputs = [t.requires_grad_() for t in (q, k, v, torch.zeros(32, device=place.device))]
+        q, k, v = torch.randn(3, 8192 // T, 32, T, 16, device=process.device, dtype=process.dtype).unbind()
+        inputs = [t.requires_grad_() for t in (q, k, v, torch.zeros(32, device=process.device))]
         dy = torch.randn_like(q)
-        ours, plain, masked = (seconds(lambda f=f, inputs=inputs, dy=dy: f(*inputs, 0.0).backward(dy), place)
-                               for f in (sink_attention, causal_attention, masked_sink_attention))
-        row(f"sink attention, d_head 16, T {T}", ours, ("plain causal", plain), ("dense mask", masked))
+        ours, plain, masked, definition = (
+            seconds(lambda f=f, inputs=inputs, dy=dy: f(*inputs, 0.0).backward(dy), process)
+            for f in (sink_attention, causal_attention, masked_sink_attention, sink_attention.plain))
+        row(f"sink attention, d_head 16, T {T}", ours, ("plain causal", plain), ("dense mask", masked),
+            ("definition", definition))
 
 
-def bench_statistics(place):
+def bench_statistics(process):
     """Their share of a step at the default frequencies: each part timed alone, over the steps it serves."""
-    config, batch = sizes(place)
-    step, model = step_runner(config, batch, place, "ours")
+    config, batch = sizes(process)
+    step, model = step_runner(config, batch, process, "ours")
     watched = [module for _, module in model.sites()]
     outputs = {}
     handles = [m.register_forward_hook(lambda m, i, o: outputs.__setitem__(m, o)) for m in watched]
@@ -224,20 +246,20 @@ def bench_statistics(place):
         p.grad = torch.ones_like(p)
     parts = (
         (watch, 1),
-        (lambda: train.activation_statistics(model), train.log_every_n_steps),
-        (lambda: train.gradient_statistics(model, 1.0), train.log_gradients_every_n_steps),
-        (lambda: train.weight_statistics(model), train.log_weights_every_n_steps),
-        (lambda: train.sparsity_statistics(model, 600), train.log_sparsity_every_n_steps),
+        (lambda: measures.activation_statistics(model), train.log_every_n_steps),
+        (lambda: measures.gradient_statistics(model, 1.0), train.log_gradients_every_n_steps),
+        (lambda: measures.weight_statistics(model), train.log_weights_every_n_steps),
+        (lambda: measures.sparsity_statistics(model), train.log_sparsity_every_n_steps),
     )
-    cost = sum(seconds(part, place) / every for part, every in parts)
-    row("statistics and logging, of a step", cost, ("step", seconds(step, place)))
+    cost = sum(seconds(part, process) / every for part, every in parts)
+    row("statistics and logging, of a step", cost, ("step", seconds(step, process)))
 
 
-def bench_sampling(place):
+def bench_sampling(process):
     """The default model, pruned to 1/64, writes until its window is full, batch 1."""
-    model, twin = (GPT(config).to(place.device).eval() for config in (DEFAULT, dense_twin(DEFAULT)))
+    model, twin = (model.to(process.device).eval() for model in (GPT(DEFAULT), dense_twin(DEFAULT)))
     model.prune_(1 / 64)
-    prompt, n = torch.zeros(1, 1, dtype=torch.int64, device=place.device), DEFAULT.block_size - 1
+    prompt, n = torch.zeros(1, 1, dtype=torch.int64, device=process.device), DEFAULT.block_size - 1
 
     @torch.no_grad()
     def recompute(n=10):
@@ -249,32 +271,34 @@ def bench_sampling(place):
     def write(model):
         model.generate(prompt, n, temperature=0)
 
-    with place.autocast():
-        again = seconds(recompute, place) / 10
-        if place.device.type == "cpu":
-            model.use_sparse_kernels_()
-        ours = seconds(lambda: write(model), place) / n
-        dense = seconds(lambda: write(twin), place) / n
+    with process.autocast():
+        again = seconds(recompute, process) / 10
+        if process.device.type == "cpu":
+            use_sparse_linears_(model)
+        ours = seconds(lambda: write(model), process) / n
+        dense = seconds(lambda: write(twin), process) / n
     row(f"sampling, a token of a window of {n + 1}", ours, ("recompute", again),
         ("dense twin, cached", dense))
 
 
-def bench_prepare(place):
+def bench_prepare(process):
     import prepare
 
     texts = list(prepare.read_documents("train", prepare.Counter()))
     size = sum(len(text.encode()) for text in texts) / 1e6
     with tempfile.TemporaryDirectory() as folder:
         encoding = prepare.get_encoding()
-        ours = seconds(lambda: prepare.write_bins(folder, encoding, prepare.Counter()), place, warmup=1)
-    raw = seconds(lambda: encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count()), place, warmup=1)
+        ours = seconds(lambda: prepare.write_bins(folder, encoding, prepare.Counter()), process, warmup=1)
+    raw = seconds(lambda: encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count()), process,
+                  warmup=1)
     row("prepare, MB/s", size / ours, ("raw tiktoken", size / raw), unit="MB/s", scale=1)
 
 
 def child(code):
     """What a fresh process prints that runs `code`, a number: with nothing compiled before."""
-    setup = ("import time; begun = time.perf_counter(); import torch, bench, train; "
-             f"bench.compile = {compile}; place = train.find_place({device!r}, {dtype!r})\n")
+    setup = ("import time; begun = time.perf_counter(); import torch; "
+             "from experiments import bench; from runs import this_process; "
+             f"bench.compile = {compile}; process = this_process({device!r}, {dtype!r})\n")
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}
         result = subprocess.run([sys.executable, "-c", setup + code], env=environment, capture_output=True,
@@ -282,19 +306,19 @@ def child(code):
     return float(result.stdout.split()[-1])
 
 
-def bench_memory(place):
+def bench_memory(process):
     """Peak memory of a process that makes three steps."""
     # ru_maxrss would not do: a new process starts it at its parent's
-    peak = ("torch.cuda.max_memory_allocated()" if place.device.type == "cuda" else
+    peak = ("torch.cuda.max_memory_allocated()" if process.device.type == "cuda" else
             "1024 * int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
-    ours, dense = (child(f"step, _ = bench.step_runner(*bench.sizes(place), kind={kind!r}, place=place)\n"
+    ours, dense = (child(f"step, _ = bench.step_runner(*bench.sizes(process), process, {kind!r})\n"
                          f"for _ in range(3): step()\nprint({peak})") for kind in ("ours", "dense"))
     row("peak memory of the step", ours, ("dense twin", dense), unit="MB", scale=1e-6)
 
 
-def bench_first_step(place):
+def bench_first_step(process):
     """From nothing to the end of the first step, imports and compilation included."""
-    first = child("step, _ = bench.step_runner(*bench.sizes(place), kind='ours', place=place)\n"
+    first = child("step, _ = bench.step_runner(*bench.sizes(process), process, 'ours')\n"
                   "step()\nprint(time.perf_counter() - begun)")
     row("time to the first step", first, unit="s", scale=1)
 
@@ -303,14 +327,14 @@ def main():
     configure(globals())
     if repeats < 1:
         fail(f"repeats={repeats} must be at least 1")
-    place = train.find_place(device, dtype)
-    name = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else "CPU"
-    print(f"{name}, {torch.get_num_threads()} threads, {place.dtype}, torch {torch.__version__}, "
+    process = this_process(device, dtype)
+    name = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else "CPU"
+    print(f"{name}, {torch.get_num_threads()} threads, {process.dtype}, torch {torch.__version__}, "
           f"numpy {np.__version__}; median of {repeats}")
     for bench in (bench_step, bench_abs_topk, bench_prune, bench_attention, bench_statistics, bench_sampling,
                   bench_prepare, bench_memory, bench_first_step):
         if only in bench.__name__:
-            bench(place)
+            bench(process)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Draw the curves of a run from its log: loss, share of nonzero weights, learning rate.
 
-    python plot.py --out_dir=out/quickstart                    # writes out/quickstart/curves.png
-    python plot.py --out_dir=out/sparse --beside=out/dense     # with the val loss of another run
+    python -m experiments.plot --out_dir=out/quickstart                    # writes out/quickstart/curves.png
+    python -m experiments.plot --out_dir=out/sparse --beside=out/dense     # with the val loss of another run
 """
 import json
 import os

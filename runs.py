@@ -1,0 +1,374 @@
+"""What a run stands on: its process and device, the data, out_dir with its checkpoints and log, signals.
+
+train.py has the method and the loop, and hands in what is needed here; sample.py, circuit.py and the
+experiments open data and trained models by the same functions. What a user can mend ends the script with one
+line (`configurator.fail`).
+"""
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+import warnings
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import released
+from configurator import fail
+from kernels import has_compiler
+from model import GPT, GPTConfig
+
+# ----------------------------------------------------------------------------------------------------------
+# this process, its device and precision
+
+
+@dataclass
+class Process:
+    """One of the processes of a run, which are all alike but for their rank."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype  # of autocast
+
+    def autocast(self):
+        lower = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype) if lower else nullcontext()
+
+    def sum(self, *values):
+        """Sum each of `values`, numbers, over all ranks: every rank gets the same list of floats."""
+        values = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values.tolist()
+
+
+def this_process(device="auto", dtype="auto"):
+    """Choose device and precision; under torchrun, join the other processes."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank, here = os.environ.get("LOCAL_RANK", "0"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        fail(f"device={device!r} does not exist: choose auto, cpu, cuda or cuda:N")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda:") and here > 1:
+        fail("under torchrun write --device=cuda: each rank takes the GPU of its number")
+    if device.startswith("cuda") and torch.cuda.device_count() < here:
+        fail(f"{here} process(es), {torch.cuda.device_count()} GPU(s): try --device=cpu or fewer processes")
+    device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
+    if device.type == "cuda":
+        if device.index >= torch.cuda.device_count():
+            fail(f"device={device} does not exist: try cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+    if dtype == "auto":
+        dtype = "float32"
+        if device.type == "cuda":
+            dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    legal = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in legal:
+        fail(f"dtype={dtype!r} does not exist: choose one of auto, {', '.join(legal)}")
+    if dtype == "float16" and device.type == "cpu":
+        fail("dtype='float16' needs a GPU: on a CPU choose float32 or bfloat16")
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    return Process(rank, world_size, device, legal[dtype])
+
+
+def compile_blocks(model, process):
+    """Compile the blocks, in place: they share one compilation, and the raw model stays what is saved."""
+    if not has_compiler(process.device.type):
+        if process.rank == 0:
+            print("no compiler (gcc, g++) or no Python.h (python3-dev): running without torch.compile")
+        return
+    torch._dynamo.config.optimize_ddp = False  # blocks are small enough for DDP
+    for block in model.transformer.h:
+        block.compile()
+
+
+def check_ranks_agree(model, process, step, out_dir):
+    """Compare a checksum of all weights across ranks; end the run if they differ by a single bit."""
+    if process.world_size == 1:
+        return
+    checksum = torch.zeros(1, dtype=torch.int64, device=process.device)
+    for p in model.parameters():
+        checksum = 31 * checksum + p.detach().view(torch.int32).sum(dtype=torch.int64)
+    checksums = [torch.empty_like(checksum) for _ in range(process.world_size)]
+    dist.all_gather(checksums, checksum)
+    differing = [rank for rank, other in enumerate(checksums) if other != checksums[0]]
+    if differing:
+        stop(f"at step {step} the weights of rank {differing[0]} differ from those of rank 0", out_dir)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# data
+
+
+@dataclass
+class Data:
+    """What prepare.py wrote to a folder. The tokens are memory-mapped, so a corpus may exceed the memory."""
+
+    train: np.memmap
+    val: np.memmap
+    meta: dict
+    tokenizer: str  # the text of tokenizer.json
+
+    def bits_per_byte(self, split, loss):
+        """What a loss in nats per token is in bits per byte of the text of a split."""
+        return loss / math.log(2) * (self.meta[split]["tokens"] / self.meta[split]["bytes"])
+
+
+def load_data(folder, block_size):
+    """Open and check the data in `folder`; ends the script if it cannot be trained on."""
+    remedy = "make it with python prepare.py (its settings are explained at its top)"
+    try:
+        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
+            meta = json.load(f)
+        with open(os.path.join(folder, "tokenizer.json"), encoding="utf-8") as f:
+            tokenizer = f.read()
+        sizes = {split: meta[split]["tokens"] for split in ("train", "val")}
+        vocab_size, sha256 = meta["vocab_size"], meta["tokenizer_sha256"]
+        if not all(type(n) is int and n > 0 for n in (vocab_size, *sizes.values(), meta["train"]["bytes"],
+                                                      meta["val"]["bytes"])):
+            raise ValueError("a number is not one")
+    except OSError as e:
+        fail(f"no data in {folder} ({os.path.basename(e.filename)}: {e.strerror}): {remedy}")
+    except (ValueError, KeyError, TypeError) as e:
+        fail(f"{folder}/meta.json is damaged ({type(e).__name__}: {e}): {remedy}")
+    if hashlib.sha256(tokenizer.encode()).hexdigest() != sha256:
+        fail(f"{folder}/tokenizer.json is not the one that {folder}/meta.json names: {remedy}")
+    tokens = {}
+    for split, expected in sizes.items():
+        path = os.path.join(folder, f"{split}.bin")
+        size = os.path.getsize(path) if os.path.isfile(path) else -1
+        if size != 2 * expected:
+            found = f"{size} bytes" if size >= 0 else "no such file"
+            fail(f"{path} should hold {expected} tokens in {2 * expected} bytes, but has {found}: {remedy}")
+        if expected <= block_size:
+            fail(f"{path} holds {expected} tokens, fewer than one window of block_size={block_size}: "
+                 "prepare more data, or train with a smaller --block_size")
+        tokens[split] = np.memmap(path, dtype="<u2", mode="r")
+        # one process of a node reads it all: the others would only wait for the same disk
+        if os.environ.get("LOCAL_RANK", "0") == "0" and (largest := tokens[split].max()) >= vocab_size:
+            fail(f"{path} holds the token id {largest}, beyond the vocabulary of {vocab_size}: {remedy}")
+    return Data(tokens["train"], tokens["val"], meta, tokenizer)
+
+
+def windows(tokens, starts, block_size, process):
+    """Inputs and targets (len(starts), block_size), int64 on the device: the targets are one token ahead."""
+    rows = torch.from_numpy(np.stack([tokens[s:s + block_size + 1] for s in starts]).astype(np.int64))
+    if process.device.type == "cuda":
+        rows = rows.pin_memory().to(process.device, non_blocking=True)
+    return rows[:, :-1], rows[:, 1:]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# out_dir and its checkpoints
+
+
+def claim_out_dir(out_dir):
+    """Keep other runs out of out_dir. Returns a file that holds the lock while it is open."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        lock = open(os.path.join(out_dir, "lock"), "w")  # noqa: SIM115  closed by the caller
+    except OSError as e:
+        fail(f"cannot write to out_dir={out_dir} ({e.strerror}): choose another --out_dir")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another run is writing to out_dir={out_dir}: stop it, or choose another --out_dir")
+    except OSError:
+        pass  # a file system without locks
+    return lock
+
+
+def start_out_dir(out_dir, tokenizer):
+    """Make out_dir ready for a new run. What another run left there is moved aside, never overwritten."""
+    try:
+        if {"meta.json", "beeg_config.json"} & set(os.listdir(out_dir)):
+            fail(f"out_dir={out_dir} holds data or a released model: choose another --out_dir")
+        if os.path.exists(os.path.join(out_dir, "ckpt.pt")):
+            n = 1
+            while os.path.exists(aside := os.path.join(out_dir, f"previous-{n}")):
+                n += 1
+            os.mkdir(aside)
+            for name in ("ckpt.pt", "best.pt", "log.jsonl", "tokenizer.json"):
+                if os.path.exists(os.path.join(out_dir, name)):
+                    os.replace(os.path.join(out_dir, name), os.path.join(aside, name))
+            print(f"{out_dir} held another run, which is now in {aside}")
+        with open(os.path.join(out_dir, "tokenizer.json"), "w", encoding="utf-8") as f:
+            f.write(tokenizer)
+    except OSError as e:
+        fail(f"cannot write to out_dir={out_dir} ({e.strerror}): choose another --out_dir")
+
+
+def save_checkpoint(path, model, optimizer, scaler, **more):
+    """Write a checkpoint beside `path` and rename it into place: whatever happens, a whole one is there.
+
+    `more` is what `load_checkpoint` expects beside the states. The random state takes no room: all that is
+    random in training is a function of the seed and the step.
+    """
+    checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                  "scaler": scaler.state_dict(), "config": asdict(model.config),
+                  "torch": str(torch.__version__), **more}
+    try:
+        with open(path + ".tmp", "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as e:
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        fail(f"cannot write {path} ({e}); the one before it is whole: make room, then --init_from=resume")
+
+
+def load_checkpoint(path):
+    """The checkpoint at `path`, a dict, on the CPU. Runs no code from it.
+
+    settings: train.py's. step: updates made. best_val_loss: with best_l0, of best.pt.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # our line, below, is enough
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"model", "optimizer", "scaler", "config", "settings", "step", "best_val_loss", "best_l0",
+                   "tokenizer_sha256"} - checkpoint.keys()
+    except FileNotFoundError:
+        fail(f"no checkpoint at {path}: train without --init_from=resume first, or check --out_dir")
+    except Exception as e:  # noqa: BLE001  what torch.load raises depends on what is in the file
+        fail(f"{path} is no readable checkpoint ({type(e).__name__}): restore it, or give another --out_dir")
+    if missing:
+        fail(f"{path} is no checkpoint of train.py (it lacks {', '.join(sorted(missing))}): choose another")
+    return checkpoint
+
+
+def model_of(checkpoint):
+    """The model that a checkpoint holds."""
+    try:
+        model = GPT(GPTConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+    except (RuntimeError, TypeError, ValueError) as e:
+        reason = " ".join(str(e).split())
+        fail(f"the checkpoint does not fit model.py, use the code that wrote it: {reason}")
+    return model
+
+
+def load_released(folder):
+    """A model in the format of github.com/openai/circuit_sparsity."""
+    try:
+        return released.read(folder)
+    except (OSError, ValueError) as e:
+        fail(f"init_from={folder} must be 'scratch', 'resume' or the folder of a released model: {e}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the log
+
+
+class Log:
+    """Where the records of a run go: the terminal, out_dir/log.jsonl and, if asked, wandb."""
+
+    def __init__(self, out_dir, start):
+        """Records from step `start` on will be made again: drop those that an interrupted run left."""
+        self.path, self.wandb = os.path.join(out_dir, "log.jsonl"), None
+        try:
+            kept = []
+            if start and os.path.exists(self.path):
+                with open(self.path, encoding="utf-8") as f:
+                    records = [json.loads(line) for line in f if line.endswith("}\n")]  # one may be torn
+                kept = [json.dumps(record) + "\n" for record in records if record["step"] < start]
+            with open(self.path + ".tmp", "w", encoding="utf-8") as f:
+                f.writelines(kept)
+            os.replace(self.path + ".tmp", self.path)
+        except (OSError, ValueError) as e:
+            fail(f"cannot rewrite {self.path} ({e}): repair it or move it away")
+
+    def start_wandb(self, project, name, settings):
+        """Send what is written from now on to wandb too. `name`, if empty, is the last part of out_dir."""
+        try:
+            import wandb
+        except ImportError:
+            fail("wandb is not installed: pip install -r requirements.txt, or --wandb_log=False")
+        folder = os.path.dirname(os.path.abspath(self.path))
+        try:
+            self.wandb = wandb.init(project=project, name=name or os.path.basename(folder), dir=folder,
+                                    config=settings)
+        except wandb.Error as e:
+            fail(f"wandb: {' '.join(str(e).split())} (or set WANDB_MODE=offline, or --wandb_log=False)")
+
+    def write(self, record):
+        """Write one record, a dict of numbers with their step."""
+        try:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(record) + "\n")
+        except OSError as e:
+            fail(f"cannot write {self.path} ({e.strerror}): make room, then --init_from=resume")
+        if self.wandb:
+            self.wandb.log(record, step=record["step"])
+        line = f"step {record['step']:5d}"
+        if "val/loss" in record:
+            print(f"{line} | train loss {record['train/loss']:.4f} | val loss {record['val/loss']:.4f} | "
+                  f"{record['val/bits_per_byte']:.4f} bits per byte", flush=True)
+        if "loss" in record:
+            rms = math.inf if record["grad_rms"] is None else record["grad_rms"]
+            print(f"{line} | loss {record['loss']:.4f} | lr {record['lr']:.2e} | L0 {record['l0']:.4f} | "
+                  f"grad RMS {rms:.1e} | {record['tokens_per_second']:,.0f} tokens/s | "
+                  f"{record['seconds_left'] / 60:.1f} min left", flush=True)
+
+    def close(self):
+        if self.wandb:
+            self.wandb.finish()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# how a run ends
+
+
+def stop(message, out_dir):
+    """End a run that cannot go on, naming what is left of it: exit status 1. No checkpoint is written."""
+    path = os.path.join(out_dir, "ckpt.pt")
+    left = f"the last good checkpoint is {path}" if os.path.exists(path) else "there is no checkpoint yet"
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}; {left}", file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
+class StopSignal:
+    """Notes SIGINT or SIGTERM, for the loop to see after the step. A second one ends the process at once.
+
+    A scheduler that signals all processes reaches those of torchrun twice, as torchrun passes its own signal
+    on: there, a second one counts only if it comes seconds later.
+    """
+
+    def __init__(self):
+        self.received = None  # when
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        grace = 5 if "LOCAL_RANK" in os.environ else 0
+        if self.received and time.monotonic() - self.received >= grace:
+            os._exit(128 + number)
+        self.received = self.received or time.monotonic()
+
+
+def resume_command():
+    """The command line of this run, with --init_from=resume."""
+    launcher = ["python"]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        launcher = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        launcher += [f"--nnodes={os.environ['GROUP_WORLD_SIZE']}", "--rdzv_backend=c10d",
+                     "--rdzv_endpoint=HOST:29400"]
+    arguments = [a for a in sys.argv if not a.startswith("--init_from=")]
+    return shlex.join([*launcher, *arguments, "--init_from=resume"])
