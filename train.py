@@ -212,9 +212,34 @@ def gradients_of_step(network, data, scaler, step, process):
 # the loop
 
 
+def tokens_in_step():
+    return gradient_accumulation_steps * batch_size * block_size
+
+
 def due(step, every_n_steps):
     """Whether what is logged every n steps (0: never) is logged at this one; the last step always is."""
     return every_n_steps > 0 and (step % every_n_steps == 0 or step == max_iters - 1)
+
+
+def record_of_update(model, step, loss, rms, seconds):
+    """What is to be logged of update `step`, by rank 0: a dict of numbers, each part at its frequency.
+
+    `seconds`: a list of what each update has taken since it was last logged. It is emptied.
+    """
+    record = {}
+    if due(step, log_every_n_steps):
+        seconds_per_step, tokens_per_step = sum(seconds) / len(seconds), tokens_in_step()
+        seconds.clear()
+        record |= {"loss": loss, "lr": lr_at(step), "l0": l0_at(step),
+                   "grad_rms": rms if math.isfinite(rms) else None, "tokens": (step + 1) * tokens_per_step,
+                   "tokens_per_second": tokens_per_step / seconds_per_step,
+                   "seconds_left": seconds_per_step * (max_iters - 1 - step), **activation_statistics(model)}
+    if due(step, log_weights_every_n_steps):
+        record |= weight_statistics(model)
+    if due(step, log_sparsity_every_n_steps):
+        record |= {"sparsity/l0": l0_at(step), "sparsity/l0_target": target_l0_fraction,
+                   "sparsity/sharkfin": sharkfin_at(step), **sparsity_statistics(model)}
+    return record
 
 
 def save(name, model, optimizer, scaler, step, best, data):
@@ -251,10 +276,9 @@ def train(process, data, model, optimizer, scaler, step, best):
     network = model
     if process.world_size > 1:
         network = DistributedDataParallel(model, [process.device] if process.device.type == "cuda" else None)
-    tokens_per_step = gradient_accumulation_steps * batch_size * block_size
-    seconds = []  # that steps took since they were last logged
+    seconds = []  # that updates took since they were last logged
     if master:
-        announce(model, tokens_per_step, process)
+        announce(model, process)
 
     while True:
         if step % eval_interval == 0 or step == max_iters:
@@ -275,20 +299,7 @@ def train(process, data, model, optimizer, scaler, step, best):
         if not math.isfinite(loss) or not (math.isfinite(rms) or overflow):
             stop(f"at step {step} the loss is {loss} and the gradients' RMS {rms}", out_dir)
 
-        if master and due(step, log_every_n_steps):
-            seconds_per_step = sum(seconds) / len(seconds)
-            seconds.clear()
-            record |= {"loss": loss, "lr": lr_at(step), "l0": l0_at(step),
-                       "grad_rms": None if overflow else rms, "tokens": (step + 1) * tokens_per_step,
-                       "tokens_per_second": tokens_per_step / seconds_per_step,
-                       "seconds_left": seconds_per_step * (max_iters - 1 - step)}
-            record |= activation_statistics(model)
-        if master and due(step, log_weights_every_n_steps):
-            record |= weight_statistics(model)
-        if master and due(step, log_sparsity_every_n_steps):
-            record |= {"sparsity/l0": l0_at(step), "sparsity/l0_target": target_l0_fraction,
-                       "sparsity/sharkfin": sharkfin_at(step), **sparsity_statistics(model)}
-        if record:
+        if master and (record := record | record_of_update(model, step, loss, rms, seconds)):
             log.write({"step": step, **record})
         step += 1
 
@@ -303,10 +314,10 @@ def train(process, data, model, optimizer, scaler, step, best):
         log.close()
 
 
-def announce(model, tokens_per_step, process):
+def announce(model, process):
     n, pruned = (sum(p.numel() for p in ps) for ps in (model.parameters(), model.decayed_parameters()))
     print(f"{n:,} parameters, {pruned:,} in matrices that are pruned to {target_l0_fraction:.4%} | "
-          f"{max_iters:,} steps of {tokens_per_step:,} tokens | "
+          f"{max_iters:,} steps of {tokens_in_step():,} tokens | "
           f"{process.world_size} x {process.device.type}, {process.dtype}", flush=True)
 
 

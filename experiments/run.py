@@ -40,33 +40,34 @@ class Ablation:
 
     name: str
     flags: str
-    expected: str = ""  # "worse", "neutral", "" if the paper's finding is not about the loss or not known
+    expected: str = ""  # "worse", "better", "neutral"; "" if the paper has no sentence about the loss
     paper: str = ""  # in a few words
     tuned: bool = False  # it shifts the learning rate's scale: tune that anew
 
 
 ABLATIONS = [
-    Ablation("no warmup", "--warmup_fraction=0", "worse", "critical at high learning rates"),
-    Ablation("warmup 5%", "--warmup_fraction=0.05"),
-    Ablation("warmup 10%", "--warmup_fraction=0.1"),
+    Ablation("no warmup", "--warmup_fraction=0", "worse", "critical at high rates"),
+    Ablation("warmup 5%", "--warmup_fraction=0.05", "better", "longer helps slightly"),
+    Ablation("warmup 10%", "--warmup_fraction=0.1", "better", "longer helps slightly"),
     Ablation("no learning rate decay", "--decay_lr=False", tuned=True),
     Ablation("gradients not normalized", "--grad_clip_rms=0", "worse", "essential"),
     Ablation("the same, eps at their scale", "--grad_clip_rms=0 --eps=2e-5", "worse", "essential",
              tuned=True),
     Ablation("anneal until 20%", "--sparsity_anneal_end_fraction=0.2"),
-    Ablation("anneal until 80%", "--sparsity_anneal_end_fraction=0.8"),
+    Ablation("anneal until 80%", "--sparsity_anneal_end_fraction=0.8",
+             paper="the largest, sparsest models wanted it"),
     Ablation("no annealing", "--sparsity_anneal_start_fraction=0 --sparsity_anneal_end_fraction=0", "worse",
-             "starting sparse hurts", tuned=True),
-    Ablation("no sharkfin", "--use_sharkfin_schedule=False", "worse", "a smaller L0 wants a larger rate",
+             "annealing helps, with the sharkfin", tuned=True),
+    Ablation("no sharkfin", "--use_sharkfin_schedule=False", "worse", "annealing helps only with it",
              tuned=True),
     Ablation("no attention sink", "--use_attention_sinks=False", "neutral", "no substantial effect"),
     Ablation("dense biases", "--sparsify_biases=False"),
     Ablation("d_head 32", "--d_head=32"),
     Ablation("d_head 64", "--d_head=64"),
-    Ablation("j = 2", "--min_weights_per_neuron=2", paper="the floor leaves fewer dead neurons"),
-    Ablation("j = 1", "--min_weights_per_neuron=1", paper="the floor leaves fewer dead neurons"),
-    Ablation("no floor", "--min_weights_per_neuron=0", paper="the floor leaves fewer dead neurons"),
-    Ablation("no bigram table", "--use_bigram_table=False", "worse", "it relieves the sparse weights"),
+    Ablation("j = 2", "--min_weights_per_neuron=2", "better", "j = 4 hurts the loss"),
+    Ablation("j = 1", "--min_weights_per_neuron=1", "better", "j = 4 hurts the loss"),
+    Ablation("no floor", "--min_weights_per_neuron=0", "better", "j = 4 hurts the loss"),
+    Ablation("no bigram table", "--use_bigram_table=False", "worse", "it helps the loss"),
     Ablation("positional embeddings", "--use_positional_embeddings=True", "neutral", "roughly neutral"),
     Ablation("no AbsTopK", "--activation_topk_fraction=1.0", paper="too much of it hurts", tuned=True),
     Ablation("beta1 0.8", "--beta1=0.8"),
