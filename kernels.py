@@ -1,4 +1,4 @@
-"""How the definitions of model.py come fast. Nothing here changes a result, and nothing here is needed.
+"""How the definitions of model.py come fast: the same choices, bit for bit, and attention up to rounding.
 
 A definition in model.py hands over with one line above it, `@kernels.hands_over_to(...)`. Without that line
 the definition itself runs, and a test holds the two equal. Magnitudes are compared as integers throughout:
@@ -30,9 +30,9 @@ def hands_over_to(fast):
     """
     def decorate(plain):
         @functools.wraps(plain)
-        def fast_or_plain(*args):
-            result = fast(*args)
-            return plain(*args) if result is NotImplemented else result
+        def fast_or_plain(*args, **kwargs):
+            result = fast(*args, **kwargs)
+            return plain(*args, **kwargs) if result is NotImplemented else result
 
         fast_or_plain.plain = plain
         return fast_or_plain
@@ -166,7 +166,7 @@ def abs_topk(x, k):
 def keep_survivors_(tensors, score):
     """`model.keep_survivors_` on a CPU, and of float32 tensors on a GPU that Triton can compile for."""
     if all(p.is_cpu for p, *_ in tensors):
-        list(workers.map(lambda tensor: keep_survivors_of_one_(*tensor, score), tensors))
+        keep_survivors_on_cpu_(tensors, score)
     elif HAS_TRITON and all(p.is_cuda and p.dtype == torch.float32 for p, *_ in tensors):
         import kernels_triton
 
@@ -177,16 +177,25 @@ def keep_survivors_(tensors, score):
     return None
 
 
-@torch.no_grad()  # which a thread does not inherit
-def keep_survivors_of_one_(p, k, j, neuron_dim, score):
-    scores = score(p)
-    bits = scores.view(SAME_SIZE_INT[scores.itemsize]).numpy()
-    if j:
-        neurons = torch.from_numpy(bits).transpose(0, neuron_dim).contiguous()  # numpy transposes slowly
-        bits.swapaxes(0, neuron_dim)[largest(neurons.numpy(), j)] = np.iinfo(bits.dtype).max
-    weights = p.detach().view(SAME_SIZE_INT[p.itemsize]).numpy()
-    weights *= largest(bits.reshape(1, -1), k).reshape(bits.shape)
-    torch.autograd.graph.increment_version(p)  # as PyTorch's own in-place operators do
+def keep_survivors_on_cpu_(tensors, score):
+    """Scores are made in this thread, as `score` may want the workers itself; the rest is theirs."""
+    def keep(p, k, j, neuron_dim, scores):
+        bits = scores.view(SAME_SIZE_INT[scores.itemsize]).numpy()
+        if j:
+            neurons = torch.from_numpy(bits).transpose(0, neuron_dim).contiguous()  # numpy transposes slowly
+            bits = bits.copy()  # the scores may be anyone's
+            bits.swapaxes(0, neuron_dim)[largest(neurons.numpy(), j)] = np.iinfo(bits.dtype).max
+        weights = p.detach().view(SAME_SIZE_INT[p.itemsize]).numpy()
+        weights *= largest(bits.reshape(1, -1), k).reshape(bits.shape)
+        torch.autograd.graph.increment_version(p)  # as PyTorch's own in-place operators do
+
+    pending = []
+    for tensor in tensors:
+        if len(pending) > workers._max_workers:  # so that few scores are alive at a time
+            pending.pop(0).result()
+        pending.append(workers.submit(keep, *tensor, score(tensor[0])))
+    for future in pending:
+        future.result()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -253,7 +262,7 @@ def attention_with_a_key_more(q, k, v, sink_logit, dropout_p):
     """
     d_head, more = q.size(-1), 8  # one coordinate would do, but fused kernels want a multiple of eight
     b = sink_logit.view(1, -1, 1, 1).expand(q.size(0), -1, 1, 1) * math.sqrt(d_head)
-    b = F.pad(b.clamp(min=-3e4).to(k.dtype), (d_head, more - 1))  # -inf is a sink switched off
+    b = F.pad(b.clamp(min=-3e4).to(k.dtype), (d_head, more - 1))  # of -inf the gradient would be NaN
     k = torch.cat([b, F.pad(k, (0, more))], dim=2)
     v = F.pad(v, (0, more, 1, 0))
     q = F.pad(F.pad(q, (0, 1), value=1.0), (0, more - 1, 1, 0))  # the sink's position takes a query too
@@ -264,6 +273,8 @@ def attention_with_a_key_more(q, k, v, sink_logit, dropout_p):
 def sink_attention(q, k, v, sink_logit, dropout_p):
     """`model.sink_attention` on a CPU without dropout, and on CUDA unless there is a single query."""
     d_head, queries = q.size(-1), q.size(2)
+    if 1 < queries < k.size(2):  # the fused masks start at the first key
+        return NotImplemented
     if q.is_cpu and dropout_p == 0.0:
         return FusedSinkAttention.apply(q, k, v, sink_logit)
     if not q.is_cuda or queries == 1:

@@ -92,7 +92,7 @@ def count_kernel(bits, matrix_of_block, kth, counts, step, DIGITS: tl.constexpr,
 
 
 def keep_survivors_(tensors, score):
-    """`model.keep_survivors_` of contiguous float32 tensors, with scores of float32.
+    """`model.keep_survivors_` of contiguous float32 tensors, with scores compared as float32.
 
     Only the search for equals, at the end, waits for the GPU.
     """
@@ -110,7 +110,7 @@ def keep_survivors_(tensors, score):
     views = [part[:p.numel()].view_as(p) for part, (p, *_) in
              zip(bits.split([n * BLOCK for n in blocks]), tensors, strict=True)]
     for (p, _, j, neuron_dim), view in zip(tensors, views, strict=True):
-        view.copy_(score(p).view(torch.int32))
+        view.copy_(score(p).float().contiguous().view(torch.int32))
         if j:
             n = p.size(1 - neuron_dim)
             raise_floor_kernel[(p.size(neuron_dim),)](

@@ -21,13 +21,13 @@ import kernels
 # the definitions: what is kept of activations and of weights, attention with a sink
 
 
-def largest(score, k):
-    """Mask, bool, of the k largest entries of score (..., n) along the last dimension.
+def largest(x, k):
+    """Mask, bool, of the k largest entries of x (..., n) along the last dimension.
 
     Exactly k are chosen, among equals the lower index first: bfloat16 and ReLU make many equals.
     """
-    order = score.argsort(dim=-1, descending=True, stable=True)
-    return torch.zeros_like(score, dtype=torch.bool).scatter(-1, order[..., :k], True)
+    order = x.argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(x, dtype=torch.bool).scatter(-1, order[..., :k], True)
 
 
 @kernels.hands_over_to(kernels.abs_topk)
@@ -42,7 +42,7 @@ def abs_topk(x, k):
 
 
 @kernels.hands_over_to(kernels.sink_attention)
-def sink_attention(q, k, v, sink_logit, dropout_p=0.0):
+def sink_attention(q, k, v, sink_logit, dropout_p):
     """Causal attention in which every head sees one more key, of logit `sink_logit` and of value zero.
 
     With scores s and sink logit b the weights are exp(s) / (exp(b) + sum exp(s)): a head may attend to
@@ -58,7 +58,7 @@ def sink_attention(q, k, v, sink_logit, dropout_p=0.0):
 
 
 def score(p):
-    """What a weight's survival is decided by, at least 0 (..., like p): the prune keeps the largest."""
+    """The score of each weight of p: finite, at least 0. The prune keeps the highest; in the paper |p|."""
     return p.abs()
 
 
@@ -71,17 +71,17 @@ def keep_survivors_(tensors, score):
     """
     for p, k, j, neuron_dim in tensors:
         scores = score(p)
-        if j:
+        if j:  # with the neurons as rows, and back
             floor = largest(scores.transpose(neuron_dim, 0), j).transpose(0, neuron_dim)
             scores = scores.masked_fill(floor, torch.inf)
         p.masked_fill_(~largest(scores.flatten(), k).view_as(p), 0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# the modules and their configuration. A part switched off changes nothing: no forward asks the configuration
+# the modules and their configuration. A part that is switched off is an identity from its construction on
 
 LOCATIONS = ("attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in", "mlp_neuron", "mlp_out",
-             "resid_post_attn", "resid_post_mlp")  # the first eight are the paper's nodes
+             "resid_post_attn", "resid_post_mlp")  # what leaves the first eight are the paper's nodes
 
 
 @dataclass
@@ -148,7 +148,7 @@ class AbsTopK(nn.Module):
 
 
 def site(config, location, dim):
-    """The module at one of the paper's node sites: AbsTopK over `dim` entries, or an identity if off."""
+    """The module at a site: AbsTopK over `dim` entries, or an identity if it is switched off there."""
     k = int(config.activation_topk_fraction * dim)
     return AbsTopK(k) if location in config.locations and k < dim else nn.Identity()
 
@@ -160,12 +160,7 @@ class KVCache:
         self.block_size, self.length = block_size, 0
 
     def extend(self, k, v):
-        """Append k, v (B, n_head, T, d_head); return all that are held, the new ones last.
-
-        Raises ValueError for several tokens after others: fused causal masks start at the first key.
-        """
-        if self.length and k.size(2) > 1:
-            raise ValueError("a cache that holds tokens is continued by one token at a time")
+        """Append k, v (B, n_head, T, d_head); return all that are held, the new ones last."""
         if self.length == 0:
             B, n_head, _, d_head = k.shape
             self.k, self.v = k.new_empty(2, B, n_head, self.block_size, d_head)
@@ -182,14 +177,14 @@ class CausalSelfAttention(nn.Module):
         width = config.n_head * config.d_head
         self.attn_in = site(config, "attn_in", config.d_model)
         self.c_attn = nn.Linear(config.d_model, 3 * width, bias=config.use_bias)  # q, k, v, in this order
-        self.attn_q = site(config, "attn_q", width)  # one vector over all heads each
+        self.attn_q = site(config, "attn_q", width)  # AbsTopK among the channels of all heads together
         self.attn_k = site(config, "attn_k", width)
         self.attn_v = site(config, "attn_v", width)
         if config.use_attention_sinks:
             self.sink_logit = nn.Parameter(torch.zeros(config.n_head))
         else:  # exp(-inf) = 0: nothing goes to the sink
             self.register_buffer("sink_logit", torch.full((config.n_head,), -torch.inf), persistent=False)
-        self.attend = sink_attention
+        self.attend = sink_attention  # where bench.py puts others
         self.c_proj = nn.Linear(width, config.d_model, bias=config.use_bias)
         self.dropout = nn.Dropout(config.dropout)
         self.attn_out = site(config, "attn_out", config.d_model)
@@ -246,11 +241,22 @@ class NoPositions(nn.Module):
         return 0.0
 
 
-# Every parameter is named in one of these two. PRUNED says along which dimension a matrix's neurons lie,
-# each of which keeps a minimum of weights: a neuron is a row of what reads the residual stream, a column of
-# what writes to it; None where there is no such minimum (section 2.1).
+def draw(logits, temperature, top_k):
+    """One token id for each row of logits (B, vocab_size): (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0 at any temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
+
+
+# A parameter is pruned if its module is in PRUNED, which says along which dimension of the weight its neurons
+# are: a neuron is a row of a matrix that reads the residual stream, a column of one that writes to it, and
+# each keeps a minimum of weights (section 2.1). None: there is no minimum, nor for biases.
 PRUNED = {"wte": None, "wpe": None, "lm_head": None, "c_attn": 0, "c_fc": 0, "c_proj": 1}
-DENSE = ("ln_1", "ln_2", "ln_f", "sink_logit", "bigram_table")
+DENSE = {"ln_1", "ln_2", "ln_f", "sink_logit", "bigram_table"}
 
 
 class GPT(nn.Module):
@@ -279,7 +285,7 @@ class GPT(nn.Module):
     def initialize_(self):
         """Draw all weights afresh. Norm gains stay 1, biases and sink logits 0."""
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # as in GPT-2: the more layers add to the stream, the less
+            if name.endswith("c_proj.weight"):  # as in GPT-2: the stream's variance does not grow with depth
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif name == "bigram_table":
                 nn.init.uniform_(p, 0.0, 0.02)
@@ -307,7 +313,7 @@ class GPT(nn.Module):
     def residual_stream(self, idx, caches=None):
         """The residual stream after the last block (B, T, d_model).
 
-        With `caches`, one for each block, idx continues what they hold, by one token unless that is nothing.
+        With `caches`, one for each block, idx continues what they hold.
         """
         start = caches[0].length if caches else 0
         end = start + idx.size(1)
@@ -326,7 +332,7 @@ class GPT(nn.Module):
         return logits + F.embedding(idx, self.bigram_table)  # the row of the current token
 
     def sites(self):
-        """All node sites, on or off: a list of (location, module), the module's output being the nodes."""
+        """All sites, on or off: a list of (location, module), the module's output being the nodes."""
         named = ((name.split(".")[-1], module) for name, module in self.named_modules())
         return [(location, module) for location, module in named if location in LOCATIONS]
 
@@ -336,11 +342,12 @@ class GPT(nn.Module):
         """All that `prune_` prunes: a list of (name, parameter, neuron_dim or None)."""
         found = []
         for name, p in self.named_parameters():
-            *_, part, kind = "", *name.split(".")
-            if part in PRUNED:
-                found.append((name, p, PRUNED[part] if kind == "weight" else None))
+            module, _, kind = name.rpartition(".")
+            module = module.split(".")[-1]
+            if module in PRUNED:
+                found.append((name, p, PRUNED[module] if kind == "weight" else None))
             else:
-                assert part in DENSE or kind in DENSE, f"say in PRUNED or DENSE whether {name} is pruned"
+                assert {module, kind} & DENSE, f"say in PRUNED or DENSE whether {name} is pruned"
         return found
 
     def decayed_parameters(self):
@@ -354,8 +361,10 @@ class GPT(nn.Module):
             if p.ndim == 2:
                 neurons = 0 if neuron_dim is None else p.size(neuron_dim)
                 least = max(1, min(neurons * min_weights_per_neuron, p.numel()))
-                fits = least / p.numel()
-                smallest = max(smallest, math.nextafter(fits, 1) if int(fits * p.numel()) < least else fits)
+                fraction = least / p.numel()
+                if int(fraction * p.numel()) < least:  # the product was rounded down
+                    fraction = math.nextafter(fraction, 1)
+                smallest = max(smallest, fraction)
         return smallest
 
     @torch.no_grad()
@@ -377,7 +386,7 @@ class GPT(nn.Module):
                                  f"than {j} for each of its {p.size(neuron_dim)} neurons")
             if k < p.numel():
                 tensors.append((p, k, j, neuron_dim))
-        keep_survivors_(tensors, score)
+        keep_survivors_(tensors, score)  # handed over, as kernels.py knows nothing of this file
 
     # ---- sampling
 
@@ -400,21 +409,10 @@ class GPT(nn.Module):
                     x = self.residual_stream(new, caches)
                     new = draw(self.unembed(x[:, -1:], new[:, -1:])[:, -1], temperature, top_k)
                     idx = torch.cat([idx, new], dim=1)
-                yield new.clone()  # which may be trained on, as what is made in inference mode may not
+                yield new.clone()  # what is made in inference mode cannot be trained on; its clone can
         finally:
             self.train(was_training)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """idx (B, T) and its continuation, (B, T + max_new_tokens); see `stream`."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k)], dim=1)
-
-
-def draw(logits, temperature, top_k):
-    """One token id for each row of logits (B, vocab_size): (B, 1)."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0 at any temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)

@@ -81,7 +81,7 @@ warmup_fraction = 0.01  # of training
 decay_lr = True  # linearly to zero at the end
 beta1 = 0.9
 beta2 = 0.95
-eps = 0.1  # far above Adam's usual 1e-8, and meant to be
+eps = 0.1  # not 1e-8: gradients have an RMS of 1, and what is far below that moves little
 weight_decay = 0.1
 grad_clip_rms = 1.0  # gradients are always scaled to this root mean square; 0 leaves them alone
 # batches
@@ -107,6 +107,7 @@ device = "auto"  # 'auto', 'cpu', 'cuda', 'cuda:1'; under torchrun each rank tak
 dtype = "auto"  # of autocast: 'float32', 'bfloat16', 'float16'; 'auto' is float32 on a CPU, else the best
 compile = True  # torch.compile, where there is a compiler for it
 
+# all of GPTConfig's but vocab_size, which the data decides, and n_head
 MODEL_SETTINGS = [f.name for f in fields(GPTConfig) if f.name in globals()]
 
 # ----------------------------------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def update_(model, optimizer, scaler, step):
     scaler.step(optimizer)  # skipped if float16 overflowed; prune and decay are not
     scaler.update()
     model.prune_(l0_at(step), min_weights_per_neuron, sparsify_biases)
-    torch._foreach_mul_(model.decayed_parameters(), 1 - weight_decay * lr)  # p <- p - weight_decay * lr * p
+    torch._foreach_mul_(model.decayed_parameters(), 1 - weight_decay * lr)
     optimizer.zero_grad(set_to_none=True)
     return rms
 
@@ -178,11 +179,12 @@ def build_optimizer(model):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# the order of the data, and the gradients of a step
+# the order of the data, and the gradients of a step. `process` is a runs.Process: it knows its rank, the
+# world_size, its device and precision. `data` is a runs.Data: the tokens of train and val, and meta.json
 
 
 def training_batch(data, step, micro_step, process):
-    """Micro-batch `micro_step` of update `step`, a function of these two and of `seed`.
+    """Micro-batch `micro_step` of update `step`, a function of these two and of the settings alone.
 
     So a resumed run needs nothing but its step, and any number of ranks sees the same data. What else is
     random in training, dropout, is seeded here by the same rule.
@@ -222,18 +224,13 @@ def due(step, every_n_steps):
 
 
 def record_of_update(model, step, loss, rms, seconds):
-    """What is to be logged of update `step`, by rank 0: a dict of numbers, each part at its frequency.
-
-    `seconds`: a list of what each update has taken since it was last logged. It is emptied.
-    """
+    """What is logged of update `step`, which took `seconds`: a dict of numbers, each at its frequency."""
     record = {}
     if due(step, log_every_n_steps):
-        seconds_per_step, tokens_per_step = sum(seconds) / len(seconds), tokens_in_step()
-        seconds.clear()
         record |= {"loss": loss, "lr": lr_at(step), "l0": l0_at(step),
-                   "grad_rms": rms if math.isfinite(rms) else None, "tokens": (step + 1) * tokens_per_step,
-                   "tokens_per_second": tokens_per_step / seconds_per_step,
-                   "seconds_left": seconds_per_step * (max_iters - 1 - step), **activation_statistics(model)}
+                   "grad_rms": rms if math.isfinite(rms) else None,  # overflow: JSON knows no infinity
+                   "tokens": (step + 1) * tokens_in_step(), "tokens_per_second": tokens_in_step() / seconds,
+                   "seconds_left": seconds * (max_iters - 1 - step), **activation_statistics(model)}
     if due(step, log_weights_every_n_steps):
         record |= weight_statistics(model)
     if due(step, log_sparsity_every_n_steps):
@@ -254,13 +251,21 @@ def evaluate_and_save(model, optimizer, scaler, data, process, step, best, log):
     losses = evaluate(model, data, process, eval_iters, batch_size)
     if not math.isfinite(losses["val/loss"]):
         stop(f"at step {step} the val loss is {losses['val/loss']}", out_dir)
-    result = l0_at(max(step - 1, 0)), losses["val/loss"]
+    result = l0_at(max(step - 1, 0)), losses["val/loss"]  # `step` updates were made: the last was step - 1
     better, best = result < best, min(result, best)  # the sparser model is the better, then the lower loss
     if process.rank == 0:
         log.write({"step": step, **losses, "val/best_loss": best[1]})
-        for name in ("best.pt", "ckpt.pt") if better else ("ckpt.pt",):
-            save(name, model, optimizer, scaler, step, best, data)
+        if better:
+            save("best.pt", model, optimizer, scaler, step, best, data)
+        save("ckpt.pt", model, optimizer, scaler, step, best, data)
     return best
+
+
+def announce(model, process):
+    n, pruned = (sum(p.numel() for p in ps) for ps in (model.parameters(), model.decayed_parameters()))
+    print(f"{n:,} parameters, {pruned:,} in matrices that are pruned to {target_l0_fraction:.4%} | "
+          f"{max_iters:,} steps of {tokens_in_step():,} tokens | "
+          f"{process.world_size} x {process.device.type}, {process.dtype}", flush=True)
 
 
 def train(process, data, model, optimizer, scaler, step, best):
@@ -275,7 +280,8 @@ def train(process, data, model, optimizer, scaler, step, best):
         compile_blocks(model, process)
     network = model
     if process.world_size > 1:
-        network = DistributedDataParallel(model, [process.device] if process.device.type == "cuda" else None)
+        devices = [process.device] if process.device.type == "cuda" else None
+        network = DistributedDataParallel(model, devices, broadcast_buffers=False)
     seconds = []  # that updates took since they were last logged
     if master:
         announce(model, process)
@@ -295,12 +301,16 @@ def train(process, data, model, optimizer, scaler, step, best):
         loss, rms, stopping = process.sum(loss.item() / process.world_size, rms.item() / process.world_size,
                                           float(stop_signal.received is not None))
         seconds.append(time.perf_counter() - begun)
-        overflow = not math.isfinite(rms) and scaler.get_scale() > 1  # of float16: Adam was skipped
+        overflow = not math.isfinite(rms) and scaler.is_enabled()  # of float16: Adam was skipped
         if not math.isfinite(loss) or not (math.isfinite(rms) or overflow):
             stop(f"at step {step} the loss is {loss} and the gradients' RMS {rms}", out_dir)
 
-        if master and (record := record | record_of_update(model, step, loss, rms, seconds)):
+        if master:
+            record |= record_of_update(model, step, loss, rms, sum(seconds) / len(seconds))
+        if record:
             log.write({"step": step, **record})
+        if due(step, log_every_n_steps):
+            seconds.clear()
         step += 1
 
         if stopping:
@@ -312,13 +322,6 @@ def train(process, data, model, optimizer, scaler, step, best):
 
     if master:
         log.close()
-
-
-def announce(model, process):
-    n, pruned = (sum(p.numel() for p in ps) for ps in (model.parameters(), model.decayed_parameters()))
-    print(f"{n:,} parameters, {pruned:,} in matrices that are pruned to {target_l0_fraction:.4%} | "
-          f"{max_iters:,} steps of {tokens_in_step():,} tokens | "
-          f"{process.world_size} x {process.device.type}, {process.dtype}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -377,7 +380,7 @@ def build_model(model, vocab_size, given):
 def check_tokenizer(model, data):
     """End the script if a released model was trained with another tokenizer than the data's."""
     needed, same = model.tokenizer_name, model.tokenizer_name == data.meta["tokenizer"]
-    if model.tokenizer_sha256:  # the tokenizer itself is at hand: its name says little
+    if model.tokenizer_sha256:  # the tokenizer itself is at hand: compare it, not its name
         needed = os.path.join(init_from, "tokenizer.json")
         same = model.tokenizer_sha256 == data.meta["tokenizer_sha256"]
     if not same:
@@ -396,7 +399,7 @@ def main():
         model = load_released(init_from)
         adopted = {name: getattr(model.config, name) for name in MODEL_SETTINGS}
     changed = {k: globals()[k] for k in sorted(given & adopted.keys()) if globals()[k] != adopted[k]}
-    globals().update(adopted | changed)
+    globals().update(adopted | changed)  # the checkpoint's or the model's settings, then those given now
     process = this_process(device, dtype)
     check_settings(process.world_size)
     data = load_data(os.path.join("data", dataset), block_size)
