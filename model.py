@@ -252,7 +252,7 @@ def draw(logits, temperature, top_k):
     return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
 
 
-# A parameter is pruned if its module is in PRUNED, which says along which dimension of the weight its neurons
+# A parameter is pruned if its module is in PRUNED, which says along which dimension of a weight its neurons
 # are: a neuron is a row of a matrix that reads the residual stream, a column of one that writes to it, and
 # each keeps a minimum of weights (section 2.1). None: there is no minimum, nor for biases.
 PRUNED = {"wte": None, "wpe": None, "lm_head": None, "c_attn": 0, "c_fc": 0, "c_proj": 1}

@@ -58,10 +58,10 @@ def read(folder):
         raise ValueError(f"{path} has a nonzero final_logits_bias, for which there is no place here")
     positions = tensors.get("transformer.wpe.weight", torch.zeros(1))
     config.use_positional_embeddings = bool(positions.any())
-    if not config.use_positional_embeddings:
-        tensors.pop("transformer.wpe.weight", None)  # zeros: adding them does nothing
-    if not config.use_bigram_table and not tensors.get("bigram_table", torch.zeros(1)).any():
-        tensors.pop("bigram_table", None)
+    for name, is_used in (("transformer.wpe.weight", config.use_positional_embeddings),
+                          ("bigram_table", config.use_bigram_table)):
+        if not is_used and not tensors.get(name, torch.ones(1)).any():
+            del tensors[name]  # zeros: adding them does nothing
     if config.tie_embeddings:
         wte = tensors.setdefault("transformer.wte.weight", tensors.get("lm_head.weight"))
         if wte is None or not torch.equal(wte, tensors.setdefault("lm_head.weight", wte)):
@@ -116,8 +116,9 @@ def check_can_be_written(model, names):
     unsaid += [name for name in names if {word for word in name.split(".") if not word.isdigit()} - WORDS]
     if config.d_model % config.n_head:  # their configuration refuses it
         unsaid.append(f"{config.n_head} heads in a d_model of {config.d_model}")
-    with torch.device("meta"):
-        unsaid += [f"a model without {name}" for name in GPT(config).state_dict().keys() - names]
+    if not unsaid:
+        with torch.device("meta"):
+            unsaid = [f"a model without {name}" for name in GPT(config).state_dict().keys() - names]
     if unsaid:
         raise ValueError(f"the released format cannot say {unsaid[0]}: such a model is not written")
 
@@ -136,11 +137,8 @@ def write(model, folder, tokenizer=None):
         "afrac": None if config.activation_topk_fraction == 1 else config.activation_topk_fraction,
         "afrac_loctypes": ",".join(config.locations),
         "learnable_bigram_table": config.use_bigram_table and model.bigram_table.requires_grad,
-        "tokenizer_name": (json.loads(tokenizer)["name"] if tokenizer else
-                           getattr(model, "tokenizer_name", "bpe")),
-    }
-    tensors = {name.replace("attn.sink_logit", "attn.attn_imp.sink_logit"): t.cpu()
-               for name, t in tensors.items()}
+        "tokenizer_name": json.loads(tokenizer or "{}").get("name", getattr(model, "tokenizer_name", "bpe"))}
+    tensors = {name.replace("attn.sink_", "attn.attn_imp.sink_"): t.cpu() for name, t in tensors.items()}
     tensors.setdefault("transformer.wpe.weight", torch.zeros(config.block_size, config.d_model))
     tensors["final_logits_bias"] = torch.zeros(config.vocab_size)
     os.makedirs(folder, exist_ok=True)

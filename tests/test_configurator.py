@@ -1,0 +1,201 @@
+"""How settings are read: flags and config files apply in the order given, each value gets the type of the
+setting's default, and whatever cannot be read ends the script with one line and changes nothing.
+"""
+import ast
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from configurator import configure
+from test_sparsity import few
+
+
+def script():
+    """The globals of a script with a setting of each type, and with what is no setting."""
+    return {"d_model": 64, "learning_rate": 1e-3, "use_bias": True, "start": "x",
+            "CONSTANT": 3, "_private": 4, "__name__": "script", "function": print, "module": os}
+
+
+def configured(*argv):
+    """The settings after configure(), and the names that it says were set."""
+    settings = script()
+    chosen = configure(settings, [str(arg) for arg in argv])
+    changes = {name: settings[name] for name in chosen}
+    assert settings == script() | changes
+    return changes
+
+
+@pytest.fixture
+def error_of(capsys):
+    """error_of(*argv): the one line with which configure() ends the script, having changed nothing."""
+
+    def run(*argv):
+        settings = script()
+        with pytest.raises(SystemExit) as ended:
+            configure(settings, [str(arg) for arg in argv])
+        out, err = capsys.readouterr()
+        assert ended.value.code == 2 and settings == script() and out == ""
+        assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n")
+        return err
+
+    return run
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(text, name="config.py"):
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return tmp_path / name
+
+    return write
+
+
+@pytest.mark.parametrize("argument, expected", [
+    ("--d_model=256", {"d_model": 256}), ("--d_model=-1", {"d_model": -1}),
+    ("--learning_rate=1/64", {"learning_rate": 1 / 64}), ("--learning_rate=3", {"learning_rate": 3.0}),
+    ("--learning_rate=1.6e-3", {"learning_rate": 1.6e-3}), ("--learning_rate=.5", {"learning_rate": 0.5}),
+    ("--use_bias=False", {"use_bias": False}), ("--use_bias=TRUE", {"use_bias": True}),
+    ("--start=a=b", {"start": "a=b"}), ("--start=", {"start": ""}), ("--start=1/64", {"start": "1/64"}),
+    ("--start=--d_model=3", {"start": "--d_model=3"}), ("--start=a\n  b", {"start": "a\n  b"}),
+])
+def test_a_flag_is_read_as_its_settings_type(argument, expected):
+    """A fraction or an int is welcome for a float; text is taken as it is, whatever it contains."""
+    assert repr(configured(argument)) == repr(expected)
+
+
+def test_files_and_flags_apply_in_the_order_given(config_file):
+    """The last one wins, be it file or flag; a flag alone needs no file."""
+    a = config_file("d_model = 1\nstart = 'a'\n", "a.py")
+    b = config_file("d_model = 2\nlearning_rate = 1\n", "b.py")
+    assert configured(a, b) == {"d_model": 2, "start": "a", "learning_rate": 1.0}
+    assert configured(b, a)["d_model"] == 1
+    assert configured(a, "--d_model=3", b)["d_model"] == 2
+    assert configured(a, b, "--d_model=3")["d_model"] == 3
+    assert configured("--d_model=3", "--d_model=4") == {"d_model": 4}
+    assert configured() == {}
+
+
+def test_a_config_file_is_python(config_file):
+    """It may compute, and import modules; names with an underscore are its own; a float may be an int."""
+    path = config_file("import math\n_width = 16\nd_model = 4 * _width  # é\n"
+                       "learning_rate = 1\nuse_bias = d_model < math.pi\n")
+    expected = [("d_model", 64), ("learning_rate", 1.0), ("use_bias", False)]
+    assert repr(sorted(configured(path).items())) == repr(expected)
+
+
+values_of_settings = st.fixed_dictionaries({
+    "d_model": st.integers(), "learning_rate": st.floats(allow_nan=False, allow_infinity=False),
+    "use_bias": st.booleans(), "start": st.text(st.characters(exclude_categories=["Cs"]), max_size=20)})
+
+
+@few
+@given(values_of_settings)
+def test_any_value_survives_a_flag_and_a_file(config_file, values):
+    """What is written as a flag or in a file is what the script gets."""
+    assert configured(*(f"--{name}={value}" for name, value in values.items())) == values
+    text = "".join(f"{name} = {value!r}\n" for name, value in values.items())
+    assert configured(config_file(text)) == values
+
+
+@hypothesis_settings(few, max_examples=100)
+@given(st.sampled_from(["d_model", "learning_rate", "use_bias", "start", "strat"]), st.text(max_size=20) |
+       st.from_regex(r"-?[0-9]{1,3}([./e][0-9]{1,2})?|[Tt]rue|false", fullmatch=True))
+def test_a_flag_of_any_text_is_read_as_its_type_or_refused(key, text):
+    """Whatever stands after --key=, the setting gets a value of its type, or the script ends with status 2
+    and no setting is changed."""
+    settings, before = script(), script()
+    try:
+        configure(settings, [f"--{key}={text}"])
+    except SystemExit as ended:
+        assert ended.code == 2 and settings == before and key != "start"
+    else:
+        assert settings == before | {key: settings[key]}
+        assert type(settings[key]) is type(before[key])
+        if key in ("d_model", "start"):
+            assert settings[key] == type(before[key])(text)
+
+
+@pytest.mark.parametrize("key, closest", [
+    ("d_modle", "d_model"), ("learning_rat", "learning_rate"), ("Start", "start"), ("use-bias", "use_bias"),
+    ("CONSTANT", ""), ("_private", ""), ("__name__", ""), ("function", ""), ("module", ""), ("", ""),
+])
+def test_an_unknown_setting_is_an_error_that_names_the_closest(error_of, key, closest):
+    """Misspelt names, and what in the script's globals is no setting."""
+    error = error_of(f"--{key}=3")
+    assert repr(key) in error and f"{closest}'" in error
+
+
+def test_an_unknown_setting_in_a_file_is_an_error_that_names_the_file(error_of, config_file):
+    """The same as for a flag, a function being no setting; what was right is not applied either."""
+    path = config_file("d_modle = 3\n")
+    error = error_of("--start=fine", path)
+    assert "'d_modle'" in error and "'d_model'" in error and str(path) in error
+    assert "'helper'" in error_of(config_file("def helper():\n    pass\n"))
+
+
+@pytest.mark.parametrize("key, text, literal, expected", [
+    ("d_model", "1.5", "1.5", "int"), ("d_model", "2.0", "2.0", "int"), ("d_model", "", "None", "int"),
+    ("d_model", "big", "'big'", "int"), ("d_model", "True", "True", "int"), ("d_model", "1e3", "1e3", "int"),
+    ("d_model", "1/2", "(1,)", "int"),
+    ("learning_rate", "fast", "'fast'", "float"), ("learning_rate", "1/0", "'1/0'", "float"),
+    ("learning_rate", "nan", "'nan'", "float"), ("learning_rate", "1e999", "'1e999'", "float"),
+    ("learning_rate", "False", "False", "float"), ("learning_rate", "", "[0.1]", "float"),
+    ("use_bias", "1", "1", "bool"), ("use_bias", "yes", "'yes'", "bool"), ("use_bias", "", "''", "bool"),
+])
+def test_a_wrong_type_names_key_value_and_type(error_of, config_file, key, text, literal, expected):
+    """In a flag and in a file alike."""
+    path = config_file(f"{key} = {literal}\n")
+    for argument, value in ((f"--{key}={text}", text), (path, ast.literal_eval(literal))):
+        error = error_of(argument)
+        assert key in error and repr(value) in error and f"expected {expected}" in error
+    assert str(path) in error
+
+
+def test_text_is_not_made_of_a_number_in_a_file(error_of, config_file):
+    """start = 3 in a file is no text: the error says so."""
+    error = error_of(config_file("start = 3\n"))
+    assert "start" in error and "3" in error and "expected str" in error
+
+
+def test_a_number_too_large_for_a_float_is_an_error(error_of, config_file):
+    """In a flag and in a file: an int that no float holds."""
+    for argument in (f"--learning_rate=1{'0' * 400}", config_file(f"learning_rate = 1{'0' * 400}\n")):
+        assert "learning_rate" in error_of(argument)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("d_model = = 3\n", ["SyntaxError"]), ("if True:\nd_model = 3\n", ["IndentationError"]),
+    ("d_model = 1 / 0\n", ["ZeroDivisionError"]), ("import no_such_module\n", ["no_such_module"]),
+    ("raise ValueError('two\\nlines')\n", ["ValueError", "two lines"]),
+    ("d_model = d_head\n", ["NameError", "d_head"]),
+    (b"start = '\xff\xfe'\n", ["config.py"]), (b"d_model = 3\0\n", ["config.py"]),
+])
+def test_a_config_file_that_does_not_run_is_an_error(error_of, config_file, text, words):
+    """One line that names the file and what is wrong in it, no traceback."""
+    path = config_file(text)
+    error = error_of(path)
+    assert all(word in error for word in [str(path), *words]), error
+
+
+def test_a_config_file_that_is_not_there_is_an_error(error_of, tmp_path):
+    """Nor is a folder a config file."""
+    assert "no_such.py" in error_of(tmp_path / "no_such.py")
+    assert str(tmp_path) in error_of(tmp_path)
+
+
+@pytest.mark.parametrize("argument", ["--d_model", "--help", "-h", "--", "-d_model=3", "--compile"])
+def test_a_flag_without_a_value_is_an_error_that_says_how_to_write_it(error_of, argument):
+    """The error shows the argument and the form that is read."""
+    error = error_of(argument)
+    assert repr(argument) in error and "--key=value" in error
+
+
+def test_only_one_process_of_a_machine_prints_the_error(monkeypatch, capsys):
+    """Under torchrun the other ranks end as well, but silently."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit):
+        configure(script(), ["--zz=3"])
+    assert capsys.readouterr() == ("", "")

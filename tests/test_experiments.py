@@ -1,0 +1,358 @@
+"""The scripts around the experiments: which runs are made and how they are summed up, the evaluation on all
+of val, the look inside a model, and the figures.
+"""
+import collections
+import csv
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import runs
+from conftest import byte_tokenizer
+from experiments import evaluate, look_inside, plot
+from experiments import run as experiments
+from test_sparsity import REPO, checkpoint, random_model, some_tokens
+
+# ----------------------------------------------------------------------------------------------------------
+# experiments/run.py
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """A folder for the CSV, and runs that take no time: the list that they are appended to.
+
+    The best learning rate is 0.02, or a quarter of it with --eps=9.
+    """
+    trained = []
+
+    def train_one(flags, rate, seed):
+        trained.append((flags, rate, seed))
+        loss = round(abs(math.log(rate / (0.005 if "eps" in flags else 0.02))), 4) + seed + ("eps" in flags)
+        return dict.fromkeys(experiments.COLUMNS[3:], 0) | {"val_loss": loss, "nonzero": 9}
+
+    monkeypatch.setattr(experiments, "PATH", str(tmp_path / "runs.csv"))
+    monkeypatch.setattr(experiments, "train_one", train_one)
+    monkeypatch.setattr(experiments, "jobs", 2)
+    monkeypatch.setattr(experiments, "image", str(tmp_path / "figure.png"))
+    monkeypatch.setattr(experiments, "ABLATIONS", [
+        experiments.Ablation("beta", "--beta1=0.8", "neutral"),
+        experiments.Ablation("eps 9", "--eps=9.0", "neutral", "nothing", tuned=True)])
+    return trained
+
+
+def test_ablations_are_run_once(recorded, capsys):
+    """Three seeds each, at a tuned rate or the base's, the changes paired by seed; and never again."""
+    experiments.run_ablations(experiments.Runs())
+    rates = {seed: {rate for flags, rate, s in recorded if not flags and s == seed} for seed in (1, 2, 3)}
+    assert rates == {1: {0.009, 0.018, 0.036}, 2: {0.018}, 3: {0.018}}
+    assert sorted(run[1:] for run in recorded if "beta" in run[0]) == [(0.018, seed) for seed in (1, 2, 3)]
+    assert {rate for flags, rate, seed in recorded if "eps" in flags and seed > 1} == {0.0045}
+    before = len(recorded)
+    runs = experiments.Runs()
+    experiments.run_ablations(runs)
+    assert len(recorded) == before
+    experiments.print_ablations(runs)
+    printed = capsys.readouterr().out
+    assert "| eps 9 | `--eps=9.0` | 0.0045 | +1.000 ± 0.000 | 3 | 0 | nothing | no: worse |" in printed
+    assert "| beta | `--beta1=0.8` | 0.018 | +0.000 ± 0.000 | 3 | 0 |  | yes |" in printed
+
+
+def test_the_best_rate_lies_between_two_others(recorded, monkeypatch):
+    """However far from the start it is, also if the runs are stopped and started on the way."""
+    best = {0.00225, 0.0045, 0.009, 0.018, 0.036}
+    train_one = experiments.train_one
+
+    def stop_at_the_third(flags, rate, seed):
+        if len(recorded) == 3:
+            raise SystemExit("stopped")
+        return train_one(flags, rate, seed)
+
+    monkeypatch.setattr(experiments, "train_one", stop_at_the_third)
+    with pytest.raises(SystemExit):
+        experiments.tune(experiments.Runs(), ["--eps=9.0"])
+    monkeypatch.setattr(experiments, "train_one", train_one)
+    runs = experiments.Runs()
+    experiments.tune(runs, ["--eps=9.0"])
+    assert runs.rates("--eps=9.0")[0] == 0.0045
+    assert {rate for _, rate, _ in recorded} == best and len(recorded) == len(best)
+
+
+def test_the_rate_with_most_seeds_is_reported(recorded):
+    """One run of another rate, even if it is better, does not stand for three."""
+    runs = experiments.Runs()
+    experiments.run_missing(runs, [("--eps=9.0", rate, seed) for rate, seed in
+                                   ((0.009, 1), (0.009, 2), (0.009, 3), (0.0045, 1))])
+    assert [float(row["learning_rate"]) for row in runs.reported("--eps=9.0")] == [0.009] * 3
+
+
+def test_the_verdict_looks_at_the_spread(recorded, monkeypatch, capsys):
+    """A change smaller than its spread over the seeds is called neutral; one seed has no verdict."""
+    monkeypatch.setattr(experiments, "ABLATIONS", [
+        experiments.Ablation("noisy", "--a", "worse"), experiments.Ablation("worse", "--b", "worse"),
+        experiments.Ablation("once", "--c", "worse")])
+    runs = experiments.Runs()
+    record = dict.fromkeys(experiments.COLUMNS[3:], 0)
+    for flags, all_losses in (("", (1.0, 1.0, 1.0)), ("--a", (1.0, 1.3, 0.95)), ("--b", (1.1, 1.1, 1.2)),
+                              ("--c", (1.5,))):
+        for seed, loss in enumerate(all_losses, 1):
+            runs.add(flags, 0.018, seed, record | {"val_loss": loss})
+    runs.add("", 0.009, 1, record | {"val_loss": 0.9})  # better, but of one seed
+    experiments.print_ablations(runs)
+    base, *_, noisy, worse, once = capsys.readouterr().out.strip().split("\n")[-7:]
+    assert "learning rate 0.018, val loss 1.000" in base
+    assert noisy.endswith("| no: neutral |") and worse.endswith("| yes |") and once.endswith("|  |")
+
+
+def test_the_scaling_runs_fit_and_are_drawn(recorded, tmp_path):
+    """All models of the figure can be built at their L0, and all seeds are run at their width's rate."""
+    runs = experiments.Runs()
+    experiments.run_scaling(runs)
+    models = {flags for flags, _, _ in recorded}
+    assert models == {flags for line in experiments.scaling_lines().values() for flags in line}
+    assert [len(line) for line in experiments.scaling_lines().values()] == [4, 5, 4, 4, 3, 3, 2]
+    assert all({(flags, 0.018, seed) for seed in (1, 2, 3)} <= set(recorded) for flags in models)
+    experiments.draw_scaling(runs)
+    assert (tmp_path / "figure.png").stat().st_size > 0
+
+
+def test_a_diverged_run_has_no_point_in_the_figure(recorded, tmp_path):
+    """The figure is drawn without it."""
+    runs = experiments.Runs()
+    experiments.run_scaling(runs)
+    flags = next(iter(experiments.sparse_models(64).values()))
+    runs.rows[flags, 0.018, 3] |= {"val_loss": "inf", "nonzero": ""}
+    experiments.draw_scaling(runs)
+    assert (tmp_path / "figure.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("flags, error", [
+    ("--jobs=-1", "must not be negative"), ("--only=snik", "ABLATIONS")])
+def test_bad_input_to_experiments(recorded, monkeypatch, capsys, flags, error):
+    """It ends the script with one line, before any run is made."""
+    monkeypatch.setattr(sys, "argv", ["run", flags])
+    monkeypatch.setattr(experiments, "only", "")
+    with pytest.raises(SystemExit):
+        experiments.main()
+    assert error in capsys.readouterr().err and not recorded
+
+
+AN_EXPERIMENT = ("--max_iters=3 --d_model=16 --d_head=8 --block_size=8 --target_l0_fraction=1/2 "
+                 "--eval_iters=2 --eval_interval=2")
+
+
+@pytest.mark.slow
+def test_an_experiment_trains(prepared, monkeypatch):
+    """What is recorded is what train.py logged last; a loss that is not finite is recorded as infinite."""
+    monkeypatch.chdir(REPO)
+    flags = f"--dataset={prepared}/data/tiny {AN_EXPERIMENT}"
+    record = experiments.train_one(flags, 0.01, 1)
+    assert record.keys() == set(experiments.COLUMNS[3:])
+    assert 4 < float(record["val_loss"]) < 6 and record["dead_neurons"] == 0 and record["nonzero"] > 0
+    assert experiments.train_one(flags, 1e30, 1)["val_loss"] == "inf"
+
+
+@pytest.mark.slow
+def test_an_experiment_that_was_stopped_is_not_recorded(prepared, monkeypatch):
+    """train.py ends well when it is told to stop: that is no result."""
+    monkeypatch.chdir(REPO)
+    popen = subprocess.Popen
+
+    def stop_soon(*arguments, **options):
+        process = popen(*arguments, **options)
+        out_dir = next(a for a in arguments[0] if a.startswith("--out_dir=")).partition("=")[2]
+        while not os.path.exists(os.path.join(out_dir, "log.jsonl")):
+            time.sleep(0.05)
+        process.terminate()
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", stop_soon)
+    with pytest.raises(SystemExit, match="was stopped"):
+        experiments.train_one(f"--dataset={prepared}/data/tiny {AN_EXPERIMENT} --max_iters=100000", 0.01, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# experiments/evaluate.py
+
+
+def test_evaluation_takes_all_windows_of_val_once(trained, monkeypatch, capsys):
+    """Loss and kurtosis are those of a plain loop over windows, and the standard errors their spread."""
+    monkeypatch.setattr(sys, "argv", ["evaluate"])
+    monkeypatch.setattr(evaluate, "batch_size", 3)
+    evaluate.main()
+    found, bigrams = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    meta = json.loads(Path("data/tiny/meta.json").read_text())["val"]
+    model = runs.model_of(checkpoint()).eval()
+    val = torch.from_numpy(np.fromfile("data/tiny/val.bin", dtype="<u2").astype(np.int64))
+    T, losses, kurtoses = model.config.block_size, [], []
+    for start in range(0, len(val) - T, T):
+        idx, targets = val[None, start:start + T], val[None, start + 1:start + T + 1]
+        with torch.no_grad():
+            losses.append(model(idx, targets)[1].item())
+            x = model.residual_stream(idx)[0].double()
+        z = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True, correction=0)
+        kurtoses.append((z ** 4).mean().item())
+    assert float(found["val_loss"]) == pytest.approx(np.mean(losses), abs=1e-4)
+    standard_error = np.std(losses, ddof=1) / len(losses) ** 0.5
+    assert float(found["val_loss_se"]) == pytest.approx(standard_error, abs=1e-4)
+    assert float(found["kurtosis"]) == pytest.approx(np.mean(kurtoses), abs=1e-2)
+    assert found["nonzero"] == str(sum(p.count_nonzero().item() for _, p, _ in model.sparse_parameters()))
+    assert 0 < float(bigrams["val_loss"]) < math.log(257)
+    for row in (found, bigrams):
+        bits = float(row["val_loss"]) / math.log(2) * meta["tokens"] / meta["bytes"]
+        assert float(row["bits_per_byte"]) == pytest.approx(bits, abs=1e-3)
+
+
+def test_evaluation_is_of_one_data_set(trained, monkeypatch, capsys):
+    """The bigrams are counted in the data of all the models."""
+    shutil.copytree("data/tiny", "data/copy")
+    shutil.copytree("out", "other")
+    saved = runs.load_checkpoint("other/ckpt.pt")
+    saved["settings"]["dataset"] = "copy"
+    torch.save(saved, "other/ckpt.pt")
+    monkeypatch.setattr(evaluate, "out_dirs", "out,other")
+    monkeypatch.setattr(sys, "argv", ["evaluate"])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    assert "same data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 49, 1000])
+def test_all_bigrams_are_counted(chunk):
+    """Once, also those that lie across two of the parts in which the tokens are read."""
+    tokens = np.random.default_rng(0).integers(5, size=50).astype(np.uint16)
+    pairs = evaluate.count_bigrams(tokens, 5, chunk)
+    expected = collections.Counter(zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True))
+    assert {(i, j): n for (i, j), n in np.ndenumerate(pairs) if n} == expected
+
+
+def test_counted_bigrams_are_a_distribution():
+    """Over all tokens that may follow they sum to one; with little smoothing they are the counts."""
+    pairs = np.array([[3, 0, 1], [0, 0, 0], [5, 2, 2]])
+    for strength in (1e-6, 1, 10):
+        for first in range(3):
+            p = [math.exp(-evaluate.bigram_loss(np.array([first, second], dtype=np.uint16), pairs, strength))
+                 for second in range(3)]
+            assert sum(p) == pytest.approx(1)
+            if strength < 1 and pairs[first].any():
+                assert p == pytest.approx(pairs[first] / pairs[first].sum(), abs=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# experiments/look_inside.py and plot.py
+
+
+def test_the_strongest_nodes_are_those_that_write_most():
+    """By what attention passes on of the values, by the activations of neurons; with their own weights."""
+    model, idx = random_model(3, n_layer=2), some_tokens(3, 8)
+    passed_on = {}
+    for block in model.transformer.h:
+        for part in (block.attn, block.mlp):
+            part.c_proj.register_forward_hook(lambda m, inputs, _: passed_on.update({m: inputs[0]}))
+    found = look_inside.measure(model, idx)
+    assert [nodes.name for nodes in found] == ["attn_v 0", "mlp_neuron 0", "attn_v 1", "mlp_neuron 1"]
+    for attn_v, neurons, block in zip(found[::2], found[1::2], model.transformer.h, strict=True):
+        values = block.attn.c_attn.weight[2 * block.attn.c_proj.in_features:]
+        assert torch.equal(attn_v.reads, values * block.ln_1.weight)
+        assert torch.equal(neurons.reads, block.mlp.c_fc.weight * block.ln_2.weight)
+        for nodes, part in ((attn_v, block.attn), (neurons, block.mlp)):
+            assert torch.equal(nodes.writes, part.c_proj.weight)
+            written = [passed_on[part.c_proj][..., i, None].abs() * nodes.writes[:, i].norm()
+                       for i in range(nodes.writes.size(1))]
+            assert nodes.strongest() == max(range(len(written)), key=lambda i: written[i].sum())
+        assert torch.equal(neurons.activations, passed_on[block.mlp.c_proj])
+
+
+def test_a_channel_is_named_by_the_largest_weights_on_it():
+    """Of tokens and nodes, three at most, a minus before the negative ones."""
+    tokens, nodes = torch.zeros(5, 2), torch.zeros(2, 4)
+    tokens[3, 0], tokens[1, 0] = 0.5, -2.0
+    nodes[0, 2], nodes[0, 3] = 1.0, 0.1
+    tokenizer = byte_tokenizer(5)
+    names = [look_inside.spelling(tokenizer, t) for t in range(5)]
+    assert look_inside.name_channel(tokens, [("mlp_neuron 0", nodes)], tokenizer, 0) == (
+        f"-{names[1]}, mlp_neuron 0.2, {names[3]}")
+    assert look_inside.name_channel(tokens, [("mlp_neuron 0", nodes)], tokenizer, 1) == "nothing"
+
+
+def test_snippets_are_where_the_node_is_largest(monkeypatch):
+    """Once a window, the largest magnitude first, none where it is zero."""
+    activations = torch.zeros(4, 6, 2)
+    activations[0, 5, 1], activations[1, 2, 1], activations[1, 3, 1], activations[3, 0, 1] = 1, -3, 2, 2
+    activations[2, 1, 0] = 9  # another node
+    nodes = look_inside.Nodes("", activations, None, None, None)
+    idx, tokenizer = torch.arange(24).view(4, 6), byte_tokenizer(30)
+    spelled = [look_inside.spelling(tokenizer, t)[1:-1] for t in range(24)]
+    found = list(look_inside.snippets(nodes, 1, idx, tokenizer))
+    assert [strength for strength, *_ in found] == [-3, 2, 1]
+    assert [token for _, _, token, _ in found] == [spelled[8], spelled[18], spelled[5]]
+    assert found[0][1].endswith(spelled[7]) and found[0][3].startswith(spelled[9])
+    monkeypatch.setattr(look_inside, "texts", 1)
+    assert len(list(look_inside.snippets(nodes, 1, idx, tokenizer))) == 1
+
+
+def test_a_node_is_drawn_with_its_largest_weights(monkeypatch):
+    """Those it reads on the left, those it writes on the right, the largest first."""
+    monkeypatch.setattr(look_inside, "weights", 2)
+    for side, align in ((-1, "right"), (1, "left")):
+        axis = plot.plt.figure().subplots()
+        strengths = torch.tensor([0.1, 0.0, -3.0, 2.0])
+        look_inside.draw_side(axis, strengths, lambda channel: f"name {channel}", side)
+        texts = [text for text in axis.texts if text.get_text()]
+        assert [text.get_text() for text in texts] == [
+            "-3.00  channel 2: name 2", "+2.00  channel 3: name 3", "and 1 more"]
+        assert {text.get_ha() for text in texts} == {align}
+
+
+def test_a_look_inside(trained, monkeypatch):
+    """Two nodes for each block that is asked for, the left of each drawn from what it reads."""
+    monkeypatch.setattr(sys, "argv", ["look_inside"])
+    look_inside.main()
+    assert Path("out/inside.png").stat().st_size > 0
+    model, idx, sides = random_model(3, n_layer=3), some_tokens(3, 8), []
+    monkeypatch.setattr(look_inside, "draw_side",
+                        lambda axis, strengths, name, side: sides.append((side, strengths)))
+    figure = plot.plt.figure()
+    look_inside.draw(figure, model, byte_tokenizer(model.config.vocab_size), idx, {1})
+    found = look_inside.measure(model, idx)[2:4]
+    assert [axis.get_title() for axis in figure.axes] == [f"{n.name}.{n.strongest()}" for n in found]
+    assert [side for side, _ in sides] == [-1, 1, -1, 1]
+    for nodes, (_, reads), (_, writes) in zip(found, sides[::2], sides[1::2], strict=True):
+        assert torch.equal(reads, nodes.reads[nodes.strongest()])
+        assert torch.equal(writes, nodes.writes[:, nodes.strongest()])
+
+
+@pytest.mark.parametrize("flags, error", [
+    ("--blocks=1", "must be numbers from 0 to 0"), ("--windows=0", "at least 1"),
+    ("--texts=-1", "at least 0")])
+def test_bad_input_to_look_inside(trained, monkeypatch, capsys, flags, error):
+    """It ends the script with one line that says what is legal."""
+    monkeypatch.setattr(sys, "argv", ["look_inside", flags])
+    for name in ("blocks", "windows", "texts"):  # for configure() sets them
+        monkeypatch.setattr(look_inside, name, getattr(look_inside, name))
+    with pytest.raises(SystemExit):
+        look_inside.main()
+    assert error in capsys.readouterr().err
+
+
+def test_curves_are_drawn_beside_those_of_another_run(trained, monkeypatch):
+    """Its val loss is in the figure."""
+    shutil.copytree("out", "other")
+    Path("other/log.jsonl").write_text('{"step": 0, "val/loss": 7.5}\n{"step": 9, "val/loss": 6.25}\n')
+    monkeypatch.setattr(plot, "beside", "other")
+    monkeypatch.setattr(sys, "argv", ["plot.py"])
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, path: figures.append(figure))
+    plot.main()
+    line = figures[0].axes[0].get_lines()[-1]
+    assert line.get_label() == "validation of other"
+    assert list(line.get_xdata()) == [0, 9] and list(line.get_ydata()) == [7.5, 6.25]

@@ -1,0 +1,374 @@
+"""The fast versions equal the plain definitions: of AbsTopK, of the prune, of attention with a sink and of
+sampling with sparse weights, on a CPU, in Triton and on a GPU. Without a GPU the tests of Triton's kernels
+run in its interpreter, where it is installed: TRITON_INTERPRET=1 pytest -k triton.
+"""
+import dataclasses
+import multiprocessing
+import os
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kernels
+import runs
+from conftest import finish, launch, read
+from kernels import SparseLinear, keep_largest, use_sparse_linears_, zero_where_not
+from model import GPT, GPTConfig, abs_topk, keep_survivors_, largest, score, sink_attention
+from test_sparsity import (
+    CPU,
+    DTYPES,
+    SINK_LOSSES,
+    assert_close,
+    checkpoint,
+    few,
+    log,
+    plain_abs_topk,
+    plain_greedy,
+    plain_heads,
+    plain_mask,
+    plain_prune,
+    random_model,
+    some_tokens,
+    tables,
+    tiny_model,
+)
+
+# ----------------------------------------------------------------------------------------------------------
+# AbsTopK and the prune on a CPU
+
+
+@few
+@given(tables, st.sampled_from(DTYPES), st.data())
+def test_both_versions_choose_the_same_entries(table, dtype, data):
+    """The fast version and the definition both agree with a sort."""
+    x = torch.tensor(table, dtype=dtype)
+    k = data.draw(st.integers(1, x.size(1)))
+    expected, (kept, mask) = plain_mask(x, k), keep_largest(x, k)
+    assert torch.equal(mask, expected) and torch.equal(largest(x.abs(), k), expected)
+    assert torch.equal(kept, plain_abs_topk(x, k)) and torch.equal(abs_topk.plain(x, k), kept)
+    assert torch.equal(zero_where_not(expected, x), kept)
+
+
+@pytest.mark.parametrize("shape", [(3, 70_000), (2000, 100), (5, 1, 7, 33)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_abs_topk_of_large_tensors(shape, dtype):
+    """Also where the CPU's kernel takes the rows in several parts."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    k = shape[-1] // 4
+    assert torch.equal(abs_topk(x, k), plain_abs_topk(x, k))
+
+
+def test_abs_topk_of_a_view_is_that_of_its_copy():
+    """Strides do not matter: transposed, sliced and expanded inputs give what their contiguous copies do."""
+    x = torch.randn(6, 8, 10, generator=torch.Generator().manual_seed(0))
+    for view in (x.transpose(1, 2), x[:, ::2, 1::3], x[:1].expand(4, 8, 10), x.permute(2, 0, 1)):
+        assert torch.equal(abs_topk(view, 2), abs_topk(view.contiguous(), 2))
+
+
+@few
+@given(tables, st.sampled_from(DTYPES), st.data())
+def test_both_versions_prune_alike(table, dtype, data):
+    """With and without a floor for rows or columns: the fast version, the definition and a sort agree."""
+    p = torch.tensor(table, dtype=dtype)
+    neuron_dim = data.draw(st.sampled_from([None, 0, 1]))
+    j = 0 if neuron_dim is None else data.draw(st.integers(0, p.size(1 - neuron_dim)))
+    floor = j * p.size(neuron_dim) if j else 1
+    k = data.draw(st.integers(floor, p.numel()))
+    expected = torch.from_numpy(plain_prune(p.double().numpy(), k, neuron_dim, j)).to(dtype)
+    for version in (keep_survivors_, keep_survivors_.plain):
+        pruned = p.clone()
+        version([(pruned, k, j, neuron_dim)], score)
+        assert torch.equal(pruned, expected), version
+
+
+def test_the_prune_takes_any_score():
+    """Both versions keep what scores highest, leave the scores as they were, and may call AbsTopK."""
+    g = torch.Generator().manual_seed(0)
+    p, q = torch.randn(2, 60, 80, generator=g)
+    stored = torch.rand(60, 80, generator=g).round(decimals=1)
+    for other in (lambda p: stored, lambda p: stored * p.abs(), lambda p: p.abs() + abs_topk(p, 4).abs()):
+        before, pruned = stored.clone(), []
+        for version in (keep_survivors_, keep_survivors_.plain):
+            pair = [(p.clone(), 1000, 4, 0), (q.clone(), 700, 3, 1), (q.clone(), 0, 0, None)]
+            version(pair, other)
+            pruned.append(pair)
+            assert torch.equal(stored, before)
+        for (fast, k, *_), (plain, *_) in zip(*pruned):
+            assert torch.equal(fast, plain) and fast.count_nonzero() == k
+
+
+def test_a_fast_version_takes_what_its_definition_takes():
+    """Arguments by name too; and where it does not apply, the definition runs."""
+    x = torch.randn(3, 8)
+    assert torch.equal(abs_topk(x=x, k=2), abs_topk.plain(x, k=2))
+    calls = []
+
+    @kernels.hands_over_to(lambda x: NotImplemented if x < 0 else "fast")
+    def definition(x):
+        calls.append(x)
+        return "plain"
+
+    assert [definition(x) for x in (1, -1)] == ["fast", "plain"] and calls == [-1]
+    assert definition.plain(1) == "plain" and definition.__name__ == "definition"
+
+
+def test_prune_without_a_cpu():
+    """Also where nothing is to be pruned: what a GPU would be asked to do, on a device without memory."""
+    model = random_model(0).to("meta")
+    for l0 in (1.0, 0.5):
+        model.prune_(l0)
+
+
+def test_prune_between_forward_and_backward_is_noticed():
+    """As with any in-place operation, autograd refuses to mix old weights and new ones."""
+    model = random_model(0)
+    _, loss = model(some_tokens(2, 4), some_tokens(2, 4))
+    model.prune_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def pruned_in_a_fork(connection):
+    model = random_model(0)
+    model.prune_(0.5)
+    connection.send(model.lm_head.weight.count_nonzero().item())
+
+
+def test_prune_works_in_a_forked_process():
+    """A data loader's workers are forks: threads that were started before are not there."""
+    model = random_model(0)
+    model.prune_(0.5)
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=pruned_in_a_fork, args=(there,))
+    process.start()
+    assert here.poll(60), "the fork hangs"
+    assert here.recv() == model.lm_head.weight.count_nonzero()
+    process.join()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# attention with a sink, and sparse products
+
+
+@pytest.mark.parametrize("attend", [sink_attention, sink_attention.plain, kernels.attention_with_a_key_more],
+                         ids=["fused", "definition", "a key more"])
+def test_attention_with_a_sink_does_not_depend_on_strides(attend):
+    """Views whose last dimension is not the innermost, as a sparse product makes, give what copies give."""
+    g = torch.Generator().manual_seed(0)
+    copies = [torch.randn(2, 3, 6, 4, generator=g, requires_grad=True) for _ in range(3)]
+    views = [t.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_() for t in copies]
+    b = torch.randn(3, generator=g)
+    y, y_of_views = (attend(*tensors, b, 0.0) for tensors in (copies, views))
+    assert_close(y_of_views.detach(), y.detach(), 1e-5)
+    y.square().sum().backward()
+    y_of_views.square().sum().backward()
+    for copy, view in zip(copies, views):
+        assert_close(view.grad, copy.grad, 1e-5)
+
+
+@pytest.mark.parametrize("b", [0.7, -2.0, -torch.inf])
+def test_a_key_more_is_a_sink(b):
+    """The way for GPUs and precisions without the fused kernel, a sink that is switched off among them."""
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 3, 6, 4, generator=g).double().requires_grad_() for _ in range(3)]
+    sinks, dy = torch.full((3,), b, dtype=torch.float64), torch.randn(2, 3, 6, 4, generator=g).double()
+    results = []
+    for attend in (kernels.attention_with_a_key_more, sink_attention.plain):
+        y = attend(*inputs, sinks, 0.0)
+        results.append((y.detach(), *torch.autograd.grad(y, inputs, dy)))
+    for found, expected in zip(*results):
+        assert_close(found, expected, 1e-9)
+
+
+@pytest.mark.parametrize("sinks", [True, False], ids=["sinks", "no sinks"])
+def test_sparse_kernels_give_the_same_logits(sinks):
+    """A model that does not multiply its zeros is the same model, for one sequence and several."""
+    model = tiny_model(d_model=32, vocab_size=40, use_attention_sinks=sinks)
+    model.prune_(0.15)
+    inputs = [some_tokens(batch, length) for batch, length in ((1, 8), (3, 8), (1, 1), (3, 1))]
+    expected = [model(idx)[0].detach() for idx in inputs]
+    text = model.generate(inputs[1][:, :4], 12, temperature=0)
+    use_sparse_linears_(model)
+    assert sum(isinstance(module, SparseLinear) for module in model.modules()) == 9
+    for idx, logits in zip(inputs, expected):
+        assert_close(model(idx)[0].detach(), logits, 1e-5)
+    assert torch.equal(model.generate(inputs[1][:, :4], 12, temperature=0), text)
+
+
+def test_sparse_kernels_work_under_autocast():
+    """Sampling in bfloat16 on a CPU gives finite logits, in float32."""
+    model = tiny_model()
+    model.prune_(0.15, min_weights_per_neuron=1)
+    use_sparse_linears_(model)
+    assert any(isinstance(module, SparseLinear) for module in model.modules())
+    with dataclasses.replace(CPU, dtype=torch.bfloat16).autocast():
+        logits, _ = model(some_tokens(2, 8))
+    assert logits.dtype == torch.float32 and logits.isfinite().all()
+
+
+def test_sparse_kernels_replace_only_what_is_sparse():
+    """A dense model stays as it is."""
+    model = use_sparse_linears_(tiny_model())
+    assert not any(isinstance(module, SparseLinear) for module in model.modules())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Triton, on a GPU or in its interpreter
+
+
+@pytest.fixture
+def triton_device():
+    """Where Triton's kernels can run: on a GPU, or in its interpreter."""
+    pytest.importorskip("triton")
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("n, k", [(1, 1), (3, 2), (64, 1), (100, 25), (100, 100), (1024, 256)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_triton_keeps_the_k_largest(triton_device, dtype, n, k):
+    """What a sort keeps, of numbers without and with ties, among them rows of zeros and of one value."""
+    import kernels_triton
+
+    x = torch.randn(9, n, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0], x[1], x[2], x[3], x[4, n // 2] = 0.0, 1.0, x[2].relu(), x[3].round(), torch.inf
+    kept, mask = kernels_triton.keep_largest(x.to(triton_device), k)
+    assert torch.equal(mask.cpu(), plain_mask(x, k))
+    assert torch.equal(kept.cpu(), plain_abs_topk(x, k))
+
+
+@pytest.mark.parametrize("j", [0, 1, 4])
+@pytest.mark.parametrize("l0", [0.95, 0.5, 0.15])
+def test_triton_prunes_as_a_cpu_does(triton_device, l0, j):
+    """All matrices at once, some of them with ties and with more zeros than are pruned."""
+    import kernels_triton
+
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, d_model=48, d_head=16, d_mlp=400, vocab_size=50))  # up to 3 blocks
+    with torch.no_grad():
+        model.transformer.wte.weight.round_(decimals=2)
+        model.transformer.h[0].attn.c_attn.weight.copy_(torch.randint(-3, 4, (144, 48)))
+        model.lm_head.weight[:, 10:] = 0.0
+    parameters = [(p.detach(), dim) for _, p, dim in model.sparse_parameters()]
+    todo = [(p.to(triton_device, copy=True), max(1, int(l0 * p.numel())), 0 if dim is None else j, dim)
+            for p, dim in parameters]
+    kernels_triton.keep_survivors_(todo, score)
+    for (pruned, *how), (p, _) in zip(todo, parameters, strict=True):
+        keep_survivors_([(p, *how)], score)
+        assert torch.equal(pruned.cpu(), p)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# on a GPU
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("triton", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu_abs_topk_and_its_gradient_are_those_of_a_cpu(dtype, triton, monkeypatch):
+    """Of a tensor and of a view, compiled and not; also where Triton cannot work."""
+    monkeypatch.setattr("kernels.HAS_TRITON", triton)
+    x = torch.randn(4, 50, 200, generator=torch.Generator().manual_seed(0)).to(dtype).relu()
+    for view in (x, x[:, ::2], x.transpose(1, 2)):
+        dy = torch.randn(view.mT.shape).to(dtype).mT
+        results = []
+        for f, device in ((abs_topk, "cpu"), (abs_topk, "cuda"), (torch.compile(abs_topk), "cuda")):
+            leaf = view.to(device).detach().requires_grad_()
+            y = f(leaf, 40)
+            results.append((y.detach().cpu(), torch.autograd.grad(y, leaf, dy.to(device))[0].cpu()))
+        for result in results[1:]:
+            assert torch.equal(result[0], results[0][0]) and torch.equal(result[1], results[0][1])
+
+
+@needs_gpu
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("l0", [1.0, 0.4, 1 / 16])
+def test_gpu_prunes_as_a_cpu_does(l0, double):
+    """A whole model, also of a precision for which there is no kernel."""
+    config = GPTConfig(n_layer=2, d_model=256, vocab_size=300)
+    models = [GPT(config), GPT(config).cuda()]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        model.double() if double else model
+        model.prune_(l0)
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p, q.cpu()), name
+
+
+@needs_gpu
+@pytest.mark.parametrize("loss, compiled",
+                         [*((loss, False) for loss in SINK_LOSSES), ("all positions", True)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 3e-2), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("queries, keys", [(256, 256), (70, 70), (1, 33)])
+def test_gpu_sink_attention_and_its_gradients(queries, keys, dtype, tolerance, loss, compiled):
+    """On all code paths, against an explicit softmax in float64, as a fraction of the largest entry."""
+    g = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, queries, 16), (2, 3, keys, 16), (2, 3, keys, 16), (3,)]
+    inputs = [torch.randn(shape, generator=g).to(dtype).double() for shape in shapes]
+    dy = torch.randn(2, 3, queries, 16, generator=g).to(dtype).double()
+    q, k, v, b = (t.clone().requires_grad_() for t in inputs)
+    expected = plain_heads(q, k, v, b)
+    expected_gradients = torch.autograd.grad(SINK_LOSSES[loss](expected, dy), (q, k, v, b))
+    on_gpu = [t.cuda().to(torch.float32 if t.ndim == 1 else dtype).requires_grad_() for t in inputs]
+    torch._dynamo.reset()  # what the other cases compiled
+    f = torch.compile(sink_attention) if compiled else sink_attention
+    y = f(*on_gpu, 0.0)
+    assert_close(y.detach().cpu().double(), expected.detach(), tolerance)
+    gradients = torch.autograd.grad(SINK_LOSSES[loss](y, dy.cuda().to(dtype)), on_gpu)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert_close(gradient.cpu().double(), expected_gradient, tolerance)
+
+
+@needs_gpu
+@pytest.mark.parametrize("sinks", [True, False])
+def test_gpu_logits_and_gradients_are_those_of_a_cpu(sinks):
+    """In float32, without AbsTopK, whose choice among near equals would hang on the last bit."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # no TF32
+    model = tiny_model(d_model=64, d_head=16, block_size=64, activation_topk_fraction=1.0,
+                       use_attention_sinks=sinks)
+    twin = tiny_model(d_model=64, d_head=16, block_size=64, activation_topk_fraction=1.0,
+                      use_attention_sinks=sinks).cuda()
+    idx = some_tokens(4, 65)
+    logits, loss = model(idx[:, :-1], idx[:, 1:])
+    twin_logits, twin_loss = twin(idx[:, :-1].cuda(), idx[:, 1:].cuda())
+    loss.backward()
+    twin_loss.backward()
+    torch.set_float32_matmul_precision(precision)
+    assert_close(twin_logits.detach().cpu(), logits.detach(), 1e-4)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_close(q.grad.cpu(), p.grad, 1e-3)
+
+
+@needs_gpu
+def test_gpu_generation_equals_uncached():
+    """Token for token, past the end of the window too."""
+    model = tiny_model(activation_topk_fraction=0.5).cuda()
+    prompt = some_tokens(2, 5).cuda()
+    assert torch.equal(model.generate(prompt, 9, temperature=0), plain_greedy(model, prompt, 9))
+
+
+@needs_gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_gpu_trains_stops_resumes_and_samples(here, dtype):
+    """Compiled, in a process of its own: the loss falls, exactly k weights are left, and a run goes on."""
+    command = (f"train.py tiny.py --device=cuda --dtype={dtype} --compile=True --max_iters=60 --dropout=0 "
+               "--d_model=32 --d_head=16 --eval_interval=30 --log_sparsity_every_n_steps=1")
+    status, errors = finish(launch(command))
+    assert status == 0, errors
+    records = log()
+    losses = [record["val/loss"] for record in records if "val/loss" in record]
+    assert losses[-1] < losses[0] - 0.3
+    last = [record for record in records if "sparsity/nonzero" in record][-1]
+    sizes = [p.numel() for _, p, _ in runs.model_of(checkpoint()).sparse_parameters()]
+    assert last["sparsity/nonzero"] == sum(n // 4 for n in sizes)
+    status, errors = finish(launch(command + " --max_iters=70 --init_from=resume"))
+    assert status == 0 and checkpoint()["step"] == 70, errors
+    status, errors = finish(launch("sample.py --num_samples=1 --max_new_tokens=20"))
+    assert status == 0 and read("stdout.txt"), errors

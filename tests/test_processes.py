@@ -1,0 +1,270 @@
+"""Runs in processes of their own, all of them slow: two ranks under torchrun, which stay alike and stop
+together, and kill -9 at any moment, after which a run goes on to the bytes of one that was left alone.
+KILLS=20 pytest -k killed makes 20 kills instead of the few that keep these tests fast.
+"""
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+from conftest import family, finish, kill, launch, printed, read, tree, wait_for
+from test_sparsity import SPEED, assert_ended_alike, checkpoint, frozen, log, run, state, weights
+
+pytestmark = pytest.mark.slow
+
+# ----------------------------------------------------------------------------------------------------------
+# two ranks
+
+LONG = "train.py tiny.py --max_iters=60 --eval_interval=10 --log_every_n_steps=5"
+KEEP_EACH_RANKS_WEIGHTS = """
+loop = train.train
+def watched_loop(process, data, model, *rest):
+    loop(process, data, model, *rest)
+    torch.save(model.state_dict(), f"rank{process.rank}.pt")
+train.train = watched_loop
+"""
+
+
+@pytest.fixture(scope="session")
+def two_ranks(prepared, tmp_path_factory):
+    """A folder in which LONG was run by two ranks, each of which also left its own weights."""
+    folder = shutil.copytree(prepared, tmp_path_factory.mktemp("two_ranks") / "here")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        status, error = finish(launch(LONG, ranks=2, fault=KEEP_EACH_RANKS_WEIGHTS))
+        assert status == 0, error
+    return folder
+
+
+def test_ranks_stay_bit_identical(two_ranks):
+    """After 60 updates both ranks hold the same bytes, and they are what was saved."""
+    first, second = (frozen(torch.load(two_ranks / f"rank{rank}.pt", weights_only=True)) for rank in (0, 1))
+    assert first == second == weights(two_ranks / "out")
+
+
+DIVERGE = """
+update_ = train.update_
+def diverging_update_(model, optimizer, scaler, step):
+    rms = update_(model, optimizer, scaler, step)
+    if rank == 1 and step == 25:
+        gain = model.transformer.ln_f.weight.data
+        gain[3] = torch.nextafter(gain[3], torch.tensor(9.0))
+    return rms
+train.update_ = diverging_update_
+"""
+NAN_BEFORE_THE_RANKS_AVERAGE = """
+gradients_of_step = train.gradients_of_step
+def broken_gradients(network, data, scaler, step, process):
+    if rank == 1 and step == 25:
+        next(network.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    return gradients_of_step(network, data, scaler, step, process)
+train.gradients_of_step = broken_gradients
+"""
+NAN_ON_ONE_RANK_ALONE = """
+gradients_of_step = train.gradients_of_step
+def broken_gradients(network, data, scaler, step, process):
+    loss = gradients_of_step(network, data, scaler, step, process)
+    if rank == 1 and step == 25:
+        next(network.parameters()).grad.view(-1)[7] = float("nan")
+    return loss
+train.gradients_of_step = broken_gradients
+"""
+
+
+@pytest.mark.parametrize("fault, step, complaint", [
+    (DIVERGE, 30, "rank 1"), (NAN_BEFORE_THE_RANKS_AVERAGE, 25, "nan"), (NAN_ON_ONE_RANK_ALONE, 25, "nan")],
+    ids=["diverge", "nan", "nan on one rank alone"])
+def test_two_ranks_stop_together(here, fault, step, complaint):
+    """A weight that differs by one bit between ranks, or a NaN in one rank's gradient, stops both.
+    The message names the step and the last checkpoint, which is not overwritten."""
+    process = launch(LONG, ranks=2, fault=fault)
+    status, error = finish(process)
+    assert status != 0
+    [line] = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert f"step {step} " in line and complaint in line and os.path.join("out", "ckpt.pt") in line
+    assert "train.main()" not in error  # no traceback of ours, only torchrun's
+    assert checkpoint()["step"] == 20 and not os.path.exists("out/ckpt.pt.tmp")
+
+
+DIE = """
+update_ = train.update_
+def dying_update_(model, optimizer, scaler, step):
+    if rank == {rank} and step == 25:
+        os._exit(7)
+    return update_(model, optimizer, scaler, step)
+train.update_ = dying_update_
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_death_of_a_rank_ends_the_other(two_ranks, here, rank):
+    """If one rank dies the other does not wait for it, and torchrun says which one it was; what is resumed
+    from the last checkpoint ends like a run without the accident."""
+    begin = time.time()
+    status, error = finish(launch(LONG, ranks=2, fault=DIE.format(rank=rank)))
+    assert status != 0 and time.time() - begin < 60
+    assert re.search(rf"rank\s*: {rank} .*\n\s*exitcode\s*: 7", error)
+    assert checkpoint()["step"] == 20
+    if rank == 1:
+        assert finish(launch(f"{LONG} --init_from=resume", ranks=2))[0] == 0
+        assert state() == state(out_dir=two_ranks / "out")
+
+
+@pytest.mark.parametrize("everyone", [False, True])
+def test_sigterm_to_torchrun(two_ranks, here, everyone):
+    """SIGTERM to torchrun, or to every process, to which torchrun then adds its own: both ranks finish the
+    step, one checkpoint is written and the command to resume is printed; resumed, the run ends as if it had
+    not been stopped."""
+    process = launch(LONG, ranks=2, fault="""
+        update_ = train.update_
+        def slow_update_(model, optimizer, scaler, step):
+            time.sleep(1 if step > 15 else 0)
+            return update_(model, optimizer, scaler, step)
+        train.update_ = slow_update_
+        """)
+    wait_for(printed("step    15 | loss"), process)
+    for pid in family(process.pid) if everyone else [process.pid]:
+        os.kill(pid, signal.SIGTERM)
+    finish(process)
+    stopped = re.search(r"stopped before step (\d+); go on with: (torchrun .*)", read("stdout.txt"))
+    assert stopped and checkpoint()["step"] == int(stopped[1]) in range(16, 20)
+    launcher, ranks, script, *arguments = shlex.split(stopped[2])
+    assert (launcher, ranks, os.path.basename(script)) == ("torchrun", "--nproc_per_node=2", "faulty.py")
+    status, error = finish(launch(shlex.join(["train.py", *arguments]), ranks=2))
+    assert status == 0, error
+    assert state() == state(out_dir=two_ranks / "out")
+    assert log(without=SPEED) == log(two_ranks / "out", without=SPEED)
+
+
+def test_accumulation_that_two_ranks_cannot_share(here):
+    """An odd number of micro-batches on two ranks is an error of one line, before anything is written."""
+    status, error = finish(launch(f"{LONG} --gradient_accumulation_steps=3", ranks=2))
+    assert status != 0 and not os.path.exists("out")
+    [line] = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert "multiple" in line and "2" in line
+
+
+# ----------------------------------------------------------------------------------------------------------
+# kill -9, whenever
+
+
+def kills(default):
+    return int(os.environ.get("KILLS", default))
+
+
+def kill_at_random(process, ranks, draw, step):
+    """SIGKILL to a run, while it starts or after a random step, `step` or later. False if it ends before.
+
+    All dies at once, as in a loss of power; or one of several ranks, after which torchrun ends the rest.
+    """
+    wait_for(lambda: ranks == 1 or len(family(process.pid)) > ranks, process)
+    victims = family(process.pid) if ranks > 1 else [process.pid]
+    if ranks > 1 and draw.random() < 0.5:
+        victims = [draw.choice(victims[-ranks:])]
+    if draw.random() < 0.2:
+        time.sleep(draw.uniform(0, 3))
+    else:
+        wait_for(printed(f"step {draw.randrange(step, min(step + 25, 60)):5d} | loss"), process)
+        time.sleep(draw.uniform(0, 0.01))
+    alive = process.poll() is None
+    if alive:
+        kill(victims)
+    return alive
+
+
+def survive_kills(number, ranks, reference):
+    """Make `number` kills of runs of LONG, resuming each until it ends with the bytes of `reference`."""
+    draw, made = random.Random(number), []
+    while len(made) < number:
+        shutil.rmtree("out", ignore_errors=True)
+        status = None
+        while status != 0:
+            step = checkpoint()["step"] if os.path.exists("out/ckpt.pt") else -1
+            go_on = f"--init_from={'scratch' if step < 0 else 'resume'} --log_every_n_steps=1"
+            process = launch(f"{LONG} {go_on}", ranks)
+            killed = len(made) < number and step < 50 and kill_at_random(process, ranks, draw, max(step, 0))
+            status, error = finish(process)
+            assert killed or status == 0, error
+            if killed and status != 0:
+                done = re.findall(r"step +(\d+) \| loss", read("stdout.txt"))
+                made.append(f"{step}..{done[-1] if done else step}")
+        assert state() == reference
+        assert not [name for name in tree() if name.endswith(".tmp")]
+    print(f"{ranks} rank(s), survived {len(made)} kills, begun..killed at steps (-1: scratch):", *made)
+
+
+def test_killed_at_random_moments(here):
+    """Killed again and again and resumed each time, a run ends with the bytes of one that was left alone."""
+    assert finish(launch(f"{LONG} --out_dir=whole"))[0] == 0
+    survive_kills(kills(5), 1, state(out_dir="whole"))
+
+
+def test_two_ranks_killed_at_random_moments(two_ranks, here):
+    """The same on two ranks, of which one or both are killed."""
+    survive_kills(kills(2), 2, state(out_dir=two_ranks / "out"))
+
+
+PAUSE_IN_SAVE = """
+def pause():
+    open("paused", "w").close()
+    time.sleep(600)
+save, replace = torch.save, os.replace
+def halting_save(saved, file):
+    whole = io.BytesIO()
+    save(saved, whole)
+    halfway = {moment!r} == "half written" and saved["step"] == 8 and {name!r} in file.name
+    file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
+    file.flush()
+    if halfway:
+        pause()
+    file.write(whole.getvalue()[len(whole.getvalue()) // 2:])
+    file.flush()
+    if {moment!r} == "not renamed" and saved["step"] == 8 and {name!r} in file.name:
+        pause()
+def halting_replace(source, target):
+    replace(source, target)
+    if {moment!r} == "renamed" and {name!r} in target and torch.load(target, weights_only=True)["step"] == 8:
+        pause()
+torch.save, os.replace = halting_save, halting_replace
+"""
+
+
+@pytest.mark.parametrize("moment, name, step", [
+    ("half written", "best.pt", 4), ("renamed", "best.pt", 4),
+    ("half written", "ckpt.pt", 4), ("not renamed", "ckpt.pt", 4), ("renamed", "ckpt.pt", 8)])
+def test_killed_inside_a_checkpoint(here, whole, moment, name, step):
+    """Killed while a checkpoint is half written, whole but not renamed, or just renamed, the run has a whole
+    checkpoint to go on from, and ends with the bytes of one that was left alone."""
+    process = launch("train.py tiny.py", fault=PAUSE_IN_SAVE.format(moment=moment, name=name))
+    wait_for(lambda: os.path.exists("paused"), process)
+    assert process.poll() is None, read("stderr.txt")
+    kill(family(process.pid))
+    process.wait()
+    assert checkpoint()["step"] == step
+    assert run("train.py --init_from=resume") == 0
+    assert_ended_alike("out", whole)
+    assert not [path for path in tree() if path.endswith(".tmp")]
+
+
+def test_a_second_sigint_aborts_at_once(here):
+    """A first SIGINT waits for the step, which here takes ten minutes; a second one does not."""
+    process = launch("train.py tiny.py", fault="""
+        def endless_update_(*arguments):
+            print("updating", flush=True)
+            while True:
+                time.sleep(0.01)
+        train.update_ = endless_update_
+        """)
+    wait_for(printed("updating"), process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) != 0
+    assert checkpoint()["step"] == 0  # of the evaluation before the first step

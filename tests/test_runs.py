@@ -1,0 +1,255 @@
+"""Runs, in this process: what a checkpoint holds and how a run goes on from it, whatever ended it: a signal,
+a crash, a full disk, a number that is none. What a run computes is in test_sparsity.py, what happens to runs
+in processes of their own in test_processes.py.
+"""
+import errno
+import fcntl
+import io
+import math
+import os
+import resource
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train
+from conftest import tree
+from test_sparsity import (
+    REPO,
+    assert_ended_alike,
+    at_step,
+    call_before,
+    checkpoint,
+    interrupted_run,
+    log,
+    run,
+    state,
+)
+
+
+def test_one_update_is_the_shortest_run(here):
+    """max_iters=1 trains, evaluates before and after, and ends."""
+    assert run("train.py tiny.py --max_iters=1") == 0
+    assert [record["step"] for record in log()] == [0, 0, 1]
+
+
+def test_importing_train_has_no_side_effects(tmp_path):
+    """It prints nothing, writes nothing and draws no random number."""
+    code = "import torch; s = torch.get_rng_state(); import train; assert s.equal(torch.get_rng_state())"
+    environment = os.environ | {"PYTHONPATH": REPO}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr, os.listdir(tmp_path)) == (0, b"", b"", [])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def test_resume_after_a_crash(here, whole):
+    """A run that broke off between two checkpoints goes on from the first of them, to the same end; steps
+    that are made twice are logged once."""
+    def crash():
+        raise ConnectionError("power")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ConnectionError):
+        call_before(patch, "update_", at_step(7, crash))
+        run("train.py tiny.py")
+    assert (checkpoint()["step"], log()[-1]["step"]) == (4, 6)
+    assert run("train.py --init_from=resume") == 0
+    assert_ended_alike("out", whole)
+
+
+def test_interrupted_at_every_turn(here, whole):
+    """Any number of interruptions and resumptions changes nothing."""
+    assert interrupted_run("train.py tiny.py", 0) == 0
+    for step in range(1, 12):
+        assert interrupted_run("train.py --init_from=resume", step) == 0
+    assert run("train.py --init_from=resume") == 0
+    assert_ended_alike("out", whole)
+
+
+def test_resume_after_a_torn_log_line(here, whole):
+    """A log whose last line was cut by a loss of power is continued as if the line had never been there."""
+    assert interrupted_run("train.py tiny.py", 5) == 0
+    with open("out/log.jsonl", "a") as f:
+        f.write('{"step": 6, "lo')
+    assert run("train.py --init_from=resume") == 0
+    assert_ended_alike("out", whole)
+
+
+def test_resume_takes_settings_from_the_checkpoint_unless_given(here):
+    """Settings that are left out are the interrupted run's, not the defaults; a flag still wins."""
+    assert interrupted_run("train.py tiny.py --weight_decay=0.3", 5) == 0
+    assert run("train.py --init_from=resume --eval_iters=3") == 0
+    saved = checkpoint()["settings"]
+    assert (saved["weight_decay"], saved["max_iters"], saved["eval_iters"]) == (0.3, 12, 3)
+    assert saved["dataset"] == "tiny" and saved["compile"] is False
+
+
+def test_resuming_a_finished_run_changes_nothing(here):
+    """A run that is complete makes no more updates."""
+    assert run("train.py tiny.py") == 0
+    before = state()
+    assert run("train.py tiny.py --init_from=resume") == 0
+    assert state() == before
+
+
+def test_a_checkpoint_sets_settings_only(trained):
+    """What a checkpoint names beside this script's settings replaces no function of it."""
+    saved = checkpoint()
+    saved["settings"] |= {"l0_at": 1, "surprise": 2}
+    torch.save(saved, "out/ckpt.pt")
+    assert run("train.py --init_from=resume") in (0, 2)
+    assert callable(train.l0_at) and not hasattr(train, "surprise")
+
+
+def test_a_new_run_moves_an_old_one_aside(here):
+    """Training into an out_dir that holds a run keeps that run's files, byte for byte."""
+    assert run("train.py tiny.py") == 0
+    before = tree("out")
+    del before["lock"]  # which is the folder's, not the run's
+    assert run("train.py tiny.py --seed=2") == 0
+    assert tree("out/previous-1") == before
+
+
+def test_two_runs_do_not_share_an_out_dir(here, capsys):
+    """While one run writes there, another ends with one line, and changes nothing; then it may go on."""
+    assert run("train.py tiny.py --max_iters=4") == 0
+    before = tree("out")
+    with open("out/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run("train.py tiny.py --seed=2") == run("train.py --init_from=resume --max_iters=8") == 2
+    assert capsys.readouterr().err.count("error: another run is writing") == 2
+    assert tree("out") == before
+    assert run("train.py --init_from=resume --max_iters=8") == 0
+
+
+@pytest.mark.parametrize("target, losses, best_step", [
+    (1.0, [5.0, 3.0, 4.0, 3.5], 4), (1.0, [5.0, 4.0, 3.5, 3.0], 12),
+    (0.25, [5.0, 1.0, 4.0, 4.5], 8), (0.25, [5.0, 1.0, 4.0, 3.5], 12)])
+def test_best_checkpoint(here, monkeypatch, target, losses, best_step):
+    """best.pt has the lowest val loss of all evaluations at the lowest L0, before or after a resume."""
+    scripted = iter(losses)
+
+    def evaluate(*arguments):
+        return dict.fromkeys(("train/loss", "val/loss", "val/bits_per_byte"), next(scripted))
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    assert interrupted_run(f"train.py tiny.py --target_l0_fraction={target}", 6) == 0
+    assert run("train.py --init_from=resume") == 0
+    best, last = checkpoint("best.pt"), checkpoint()
+    assert (best["step"], last["step"]) == (best_step, 12)
+    assert best["best_val_loss"] == last["best_val_loss"] == losses[best_step // 4]
+    assert log()[-1]["val/best_loss"] == losses[best_step // 4]
+
+
+def test_sigint_writes_one_checkpoint_and_says_how_to_resume(here, monkeypatch, capsys):
+    """After SIGINT the step is finished, one checkpoint written, and the command to resume printed."""
+    saves = []
+    call_before(monkeypatch, "save_checkpoint",
+                lambda path, *rest, **more: saves.append(os.path.basename(path)))
+    assert interrupted_run("train.py tiny.py --out_dir='two words' --eval_interval=100", 5) == 0
+    assert saves == ["best.pt", "ckpt.pt", "ckpt.pt"]  # at the evaluation before step 0, and now
+    assert checkpoint(out_dir="two words")["step"] == 6
+    launcher, *command = shlex.split(capsys.readouterr().out.splitlines()[-1].split("go on with: ")[1])
+    assert launcher == "python"
+    assert run(shlex.join(command)) == 0
+    assert checkpoint(out_dir="two words")["step"] == 12
+
+
+# ----------------------------------------------------------------------------------------------------------
+# full disks and numbers that are none
+
+
+def fill_disk(saved, file, save=torch.save):
+    """What torch.save does on a disk that gets full on the way."""
+    whole = io.BytesIO()
+    save(saved, whole)
+    file.write(whole.getvalue()[:10_000])
+    file.flush()
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def refuse_to_sync(file):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def limit_files(size):
+    """From now on the system lets no file of this process grow beyond `size` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def error_of_run(break_disk, capfd):
+    """The one line with which a run ends of which `break_disk(patch)` breaks the disk at step 5."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.MonkeyPatch.context() as patch:
+        call_before(patch, "update_", at_step(5, lambda: break_disk(patch)))
+        try:
+            assert run("train.py tiny.py") == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize("break_disk", [
+    lambda patch: patch.setattr(torch, "save", fill_disk),
+    lambda patch: patch.setattr(os, "fsync", refuse_to_sync),
+    lambda patch: limit_files(100_000)], ids=["disk full", "sync fails", "file limit"])
+def test_disk_full_during_a_checkpoint(here, whole, break_disk, capfd):
+    """A checkpoint that cannot be written ends the run with one line and status 2, and leaves the one before
+    as it was, with nothing else beside it; once there is room the run goes on to the same end."""
+    before = {}
+
+    def note_and_break(patch):
+        before.update(tree("out"))
+        break_disk(patch)
+
+    assert "make room" in error_of_run(note_and_break, capfd)
+    after = tree("out")
+    assert after.keys() == before.keys()
+    assert after["ckpt.pt"] == before["ckpt.pt"] and after["best.pt"] == before["best.pt"]
+    assert run("train.py --init_from=resume") == 0
+    assert_ended_alike("out", whole)
+
+
+def test_disk_full_during_the_log(here, capfd):
+    """A log that cannot be written ends the run with one line and status 2; the last checkpoint is whole."""
+    error = error_of_run(lambda patch: limit_files(os.path.getsize("out/log.jsonl") + 100), capfd)
+    assert "log.jsonl" in error
+    assert checkpoint()["step"] == 4
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "weights"])
+def test_a_number_that_is_none_stops_the_run(here, where, monkeypatch, capsys):
+    """A loss or a gradient that is not finite, or weights that make the evaluation so, stop the run.
+    The message names the step and the last good checkpoint, which keeps its bytes."""
+    before = {}
+
+    def spoil(model, optimizer, scaler, step):
+        if step == 5:
+            before.update(tree("out"))
+        if step == 5 and where == "gradient":
+            model.transformer.ln_f.weight.grad[3] = math.inf
+        if step == {"loss": 4, "weights": 7}.get(where):
+            model.transformer.ln_f.weight.data[3] = math.nan
+
+    call_before(monkeypatch, "update_", spoil)
+    status = run("train.py tiny.py")
+    assert status not in (0, None)
+    [line] = capsys.readouterr().err.splitlines()
+    step = {"loss": 5, "gradient": 5, "weights": 8}[where]
+    assert line.startswith("error: ") and f"step {step} " in line and os.path.join("out", "ckpt.pt") in line
+    assert tree("out")["ckpt.pt"] == before["ckpt.pt"] and tree("out")["best.pt"] == before["best.pt"]
+
+
+@pytest.mark.parametrize("flags", ["--learning_rate=1e30", "--learning_rate=1e20 --eval_interval=1"])
+def test_a_run_that_explodes_keeps_a_finite_checkpoint(here, flags):
+    """Whatever the learning rate does to the weights, the checkpoint that is left is finite."""
+    run(f"train.py tiny.py {flags}")
+    assert all(w.isfinite().all() for w in checkpoint()["model"].values())
