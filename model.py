@@ -46,7 +46,7 @@ def sink_attention(q, k, v, sink_logit, dropout_p):
     """Causal attention in which every head sees one more key, of logit `sink_logit` and of value zero.
 
     With scores s and sink logit b the weights are exp(s) / (exp(b) + sum exp(s)): a head may attend to
-    nothing. q: (B, n_head, T, d_head), the last of the S >= T positions of k and v; sink_logit: (n_head).
+    nothing. q: (B, n_head, T, d_head); k, v: (B, n_head, S, d_head); the queries are the last T positions.
     """
     T, S = q.size(2), k.size(2)
     scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, n_head, T, S)
@@ -78,10 +78,11 @@ def keep_survivors_(tensors, score):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# the modules and their configuration. A part that is switched off is an identity from its construction on
+# the modules and their configuration. In the place of a part that is switched off stands one that changes
+# nothing, an identity, a zero, a logit of -inf: no forward asks the configuration
 
 LOCATIONS = ("attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in", "mlp_neuron", "mlp_out",
-             "resid_post_attn", "resid_post_mlp")  # what leaves the first eight are the paper's nodes
+             "resid_post_attn", "resid_post_mlp")  # channels at the first eight are the paper's nodes
 
 
 @dataclass
@@ -89,7 +90,7 @@ class GPTConfig:
     """Architecture of a GPT. Raises ValueError, in one sentence, on what cannot be built."""
 
     n_layer: int = 8
-    d_model: int = 1024  # width of the residual stream, a multiple of d_head
+    d_model: int = 1024  # width of the residual stream
     d_head: int = 16  # the paper finds small heads the easiest to read
     d_mlp: int = 0  # 0: 4 * d_model
     block_size: int = 256  # longest context, in tokens
@@ -105,7 +106,7 @@ class GPTConfig:
     activation_topk_fraction: float = 0.25  # AbsTopK keeps int(fraction * dim) entries; 1.0 switches it off
     activation_sparsity_locations: str = ",".join(LOCATIONS[:8])  # any of LOCATIONS, by commas
     vocab_size: int = 2048
-    n_head: int = 0  # 0: d_model / d_head
+    n_head: int = 0  # 0: d_model / d_head, which must divide
 
     def __post_init__(self):
         for name in ("n_layer", "d_model", "d_head", "block_size", "vocab_size"):
@@ -128,8 +129,9 @@ class GPTConfig:
         self.d_mlp = self.d_mlp or 4 * self.d_model
         smallest = min(self.d_model, self.n_head * self.d_head, self.d_mlp)
         if not 1 <= self.activation_topk_fraction * smallest <= smallest:
+            least = math.ceil(1e6 / smallest) / 1e6
             raise ValueError(f"activation_topk_fraction={self.activation_topk_fraction} must be at most 1 "
-                             f"and keep one of {smallest} entries: choose {1 / smallest:.4g} or more")
+                             f"and keep at least one of {smallest} entries: choose {least} or more")
 
     @property
     def locations(self):
@@ -184,7 +186,7 @@ class CausalSelfAttention(nn.Module):
             self.sink_logit = nn.Parameter(torch.zeros(config.n_head))
         else:  # exp(-inf) = 0: nothing goes to the sink
             self.register_buffer("sink_logit", torch.full((config.n_head,), -torch.inf), persistent=False)
-        self.attend = sink_attention  # where bench.py puts others
+        self.attend = sink_attention  # an attribute, so that experiments/bench.py can measure others
         self.c_proj = nn.Linear(width, config.d_model, bias=config.use_bias)
         self.dropout = nn.Dropout(config.dropout)
         self.attn_out = site(config, "attn_out", config.d_model)
@@ -253,10 +255,10 @@ def draw(logits, temperature, top_k):
 
 
 # A parameter is pruned if its module is in PRUNED, which says along which dimension of a weight its neurons
-# are: a neuron is a row of a matrix that reads the residual stream, a column of one that writes to it, and
-# each keeps a minimum of weights (section 2.1). None: there is no minimum, nor for biases.
+# are: MLP neurons and the channels of q, k, v and of what attention puts out. They are the rows of a matrix
+# that computes them, the columns of one that reads them; each keeps a minimum of weights (section 2.1).
 PRUNED = {"wte": None, "wpe": None, "lm_head": None, "c_attn": 0, "c_fc": 0, "c_proj": 1}
-DENSE = {"ln_1", "ln_2", "ln_f", "sink_logit", "bigram_table"}
+DENSE = {"ln_1", "ln_2", "ln_f", "sink_logit", "bigram_table"}  # names of modules and of parameters
 
 
 class GPT(nn.Module):
@@ -386,7 +388,7 @@ class GPT(nn.Module):
                                  f"than {j} for each of its {p.size(neuron_dim)} neurons")
             if k < p.numel():
                 tensors.append((p, k, j, neuron_dim))
-        keep_survivors_(tensors, score)  # handed over, as kernels.py knows nothing of this file
+        keep_survivors_(tensors, score)
 
     # ---- sampling
 
@@ -400,7 +402,7 @@ class GPT(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            caches, new = None, idx
+            caches = None
             for _ in range(max_new_tokens):
                 with torch.inference_mode():  # a fifth faster than no_grad at one token a time
                     if caches is None or caches[0].length == self.config.block_size:

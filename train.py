@@ -83,10 +83,10 @@ beta1 = 0.9
 beta2 = 0.95
 eps = 0.1  # not 1e-8: gradients have an RMS of 1, and what is far below that moves little
 weight_decay = 0.1
-grad_clip_rms = 1.0  # gradients are always scaled to this root mean square; 0 leaves them alone
+grad_clip_rms = 1.0  # gradients are scaled, up or down, to this root mean square; 0 leaves them alone
 # batches
 dataset = "python_stdlib"  # a folder in data/ that prepare.py wrote, or the absolute path of one
-batch_size = 64  # sequences in a micro-batch, the most that fit the memory
+batch_size = 64  # sequences in a micro-batch: the most that fit the memory of a rank
 gradient_accumulation_steps = 8  # micro-batches in a step, over all ranks together
 max_iters = 10000  # updates
 seed = 1337  # of the weights and of the order of the data
@@ -128,7 +128,7 @@ def sharkfin_at(step):
 
 
 def lr_at(step):
-    """Learning rate of update `step`: warmup and linear decay, times 1/sqrt(L0) for a shark's fin."""
+    """Learning rate of update `step`: warmup from 0 and linear decay, times 1/sqrt(L0) for a shark's fin."""
     warmup = int(warmup_fraction * max_iters)
     if step < warmup:
         base = learning_rate * step / warmup
@@ -143,8 +143,8 @@ def lr_at(step):
 def normalize_gradients_(parameters, target_rms):
     """Scale all gradients together to a root mean square of `target_rms`, up as well as down.
 
-    Returns their root mean square before, a tensor (). A target of 0 leaves them alone. Where others clip,
-    this always scales. The 1e-5 is the reference's: a gradient as small as that ends below the target.
+    Returns their root mean square before, a tensor (). A target of 0 leaves them alone. The 1e-5 is that of
+    the authors' trainer: gradients as small as that end below the target.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     rms = torch.nn.utils.get_total_norm(gradients) / math.sqrt(sum(g.numel() for g in gradients))
@@ -157,8 +157,9 @@ def normalize_gradients_(parameters, target_rms):
 def update_(model, optimizer, scaler, step):
     """Update `step` from the gradients at hand: normalize, Adam, prune, decay. Returns their RMS before.
 
-    Gradients and Adam's moments are never pruned: a weight that is zero now is moved by every update like
-    any other, and stays once it outgrows the smallest survivor.
+    Gradients and Adam's moments are never pruned, the weights themselves are: one that is zero is updated
+    like any other, but from zero at each step, and stays if that outgrows the smallest survivor. The scaler
+    is idle unless the precision is float16.
     """
     lr = lr_at(step)
     for group in optimizer.param_groups:
@@ -252,7 +253,7 @@ def evaluate_and_save(model, optimizer, scaler, data, process, step, best, log):
     if not math.isfinite(losses["val/loss"]):
         stop(f"at step {step} the val loss is {losses['val/loss']}", out_dir)
     result = l0_at(max(step - 1, 0)), losses["val/loss"]  # `step` updates were made: the last was step - 1
-    better, best = result < best, min(result, best)  # the sparser model is the better, then the lower loss
+    better, best = result < best, min(result, best)  # a lower L0 wins whatever its loss, then the lower loss
     if process.rank == 0:
         log.write({"step": step, **losses, "val/best_loss": best[1]})
         if better:
@@ -262,7 +263,8 @@ def evaluate_and_save(model, optimizer, scaler, data, process, step, best, log):
 
 
 def announce(model, process):
-    n, pruned = (sum(p.numel() for p in ps) for ps in (model.parameters(), model.decayed_parameters()))
+    n = sum(p.numel() for p in model.parameters())
+    pruned = sum(p.numel() for _, p, _ in model.sparse_parameters() if p.ndim == 2)
     print(f"{n:,} parameters, {pruned:,} in matrices that are pruned to {target_l0_fraction:.4%} | "
           f"{max_iters:,} steps of {tokens_in_step():,} tokens | "
           f"{process.world_size} x {process.device.type}, {process.dtype}", flush=True)
@@ -378,7 +380,7 @@ def build_model(model, vocab_size, given):
 
 
 def check_tokenizer(model, data):
-    """End the script if a released model was trained with another tokenizer than the data's."""
+    """End the script if a model that `released.read` brought has another tokenizer than the data."""
     needed, same = model.tokenizer_name, model.tokenizer_name == data.meta["tokenizer"]
     if model.tokenizer_sha256:  # the tokenizer itself is at hand: compare it, not its name
         needed = os.path.join(init_from, "tokenizer.json")
@@ -403,7 +405,7 @@ def main():
     process = this_process(device, dtype)
     check_settings(process.world_size)
     data = load_data(os.path.join("data", dataset), block_size)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # for the weights
     if model:
         check_tokenizer(model, data)
     if checkpoint:

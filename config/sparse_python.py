@@ -2,8 +2,8 @@
 #   python prepare.py --dataset=codeparrot/codeparrot-clean-train --text_column=content --name=codeparrot \
 #       --max_tokens=10_000_000_000
 #   torchrun --nproc_per_node=8 train.py config/sparse_python.py
-# One pass over 10 billion tokens. Expected: 1 to 3 hours on 8 H100, reckoned with 6 FLOPs a weight and token
-# at 10 to 25% of the peak, if AbsTopK and the prune do not dominate. Not measured.
+# As many tokens as the corpus has, in random windows. Expected: 1 to 3 hours on 8 H100, reckoned with 6 FLOP
+# a weight and token at 10 to 25% of the peak, if AbsTopK and the prune do not dominate. Not measured.
 out_dir = "out/sparse_python"
 dataset = "codeparrot"
 

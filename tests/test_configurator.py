@@ -130,7 +130,7 @@ def test_an_unknown_setting_is_an_error_that_names_the_closest(error_of, key, cl
 
 def test_an_unknown_setting_in_a_file_is_an_error_that_names_the_file(error_of, config_file):
     """The same as for a flag, a function being no setting; what was right is not applied either."""
-    path = config_file("d_modle = 3\n")
+    path = config_file("learning_rate = 1\nd_modle = 3\n")
     error = error_of("--start=fine", path)
     assert "'d_modle'" in error and "'d_model'" in error and str(path) in error
     assert "'helper'" in error_of(config_file("def helper():\n    pass\n"))

@@ -143,9 +143,12 @@ def test_prune_works_in_a_forked_process():
     here, there = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=pruned_in_a_fork, args=(there,))
     process.start()
-    assert here.poll(60), "the fork hangs"
-    assert here.recv() == model.lm_head.weight.count_nonzero()
-    process.join()
+    try:
+        assert here.poll(60), "the fork hangs"
+        assert here.recv() == model.lm_head.weight.count_nonzero()
+    finally:
+        process.kill()
+        process.join()
 
 
 # ----------------------------------------------------------------------------------------------------------

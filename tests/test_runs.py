@@ -98,13 +98,14 @@ def test_resuming_a_finished_run_changes_nothing(here):
     assert state() == before
 
 
-def test_a_checkpoint_sets_settings_only(trained):
-    """What a checkpoint names beside this script's settings replaces no function of it."""
-    saved = checkpoint()
+def test_a_checkpoint_sets_settings_only(trained, monkeypatch):
+    """What a checkpoint names beside this script's settings replaces no function of it and is not added."""
+    saved, found = checkpoint(), []
     saved["settings"] |= {"l0_at": 1, "surprise": 2}
     torch.save(saved, "out/ckpt.pt")
-    assert run("train.py --init_from=resume") in (0, 2)
-    assert callable(train.l0_at) and not hasattr(train, "surprise")
+    call_before(monkeypatch, "update_", lambda *arguments: found.append(hasattr(train, "surprise")))
+    assert run("train.py --init_from=resume") == 0
+    assert found == [False] * 6 and callable(train.l0_at)
 
 
 def test_a_new_run_moves_an_old_one_aside(here):
@@ -184,7 +185,7 @@ def limit_files(size):
 
 
 def error_of_run(break_disk, capfd):
-    """The one line with which a run ends of which `break_disk(patch)` breaks the disk at step 5."""
+    """Start a run and call `break_disk(patch)` before update 5: the one line with which the run ends."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     with pytest.MonkeyPatch.context() as patch:
         call_before(patch, "update_", at_step(5, lambda: break_disk(patch)))
