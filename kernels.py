@@ -26,7 +26,7 @@ SAME_SIZE_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element s
 def hands_over_to(fast):
     """Decorate a definition: `fast` runs in its place, unless it answers NotImplemented to its arguments.
 
-    The definition itself stays at hand as `.plain`.
+    `inspect.unwrap` gives the definition itself, decorated or not.
     """
     def decorate(plain):
         @functools.wraps(plain)
@@ -34,7 +34,6 @@ def hands_over_to(fast):
             result = fast(*args, **kwargs)
             return plain(*args, **kwargs) if result is NotImplemented else result
 
-        fast_or_plain.plain = plain
         return fast_or_plain
 
     return decorate

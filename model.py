@@ -4,9 +4,8 @@
 The architecture is GPT-2's with six changes: RMSNorm, AbsTopK at the paper's node sites, an attention sink
 in every head, a dense bigram table beside the unembedding, an unembedding of its own, and no positional
 embedding. What makes the weights sparse is not in the forward pass: train.py calls `GPT.prune_` after every
-update. The definitions come first, then the configuration, then the modules that are built of both, from the
-leaves to the root. `@kernels.hands_over_to(...)` lets a faster version compute the same where there is one:
-to change a definition, delete that line above it.
+update. The definitions come first, then the configuration, then the modules that are built of them, from the
+leaves to the root. `@kernels.hands_over_to(...)` lets a faster version compute the same where there is one.
 """
 import math
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ def largest(x, k):
     return torch.zeros_like(x, dtype=torch.bool).scatter(-1, order[..., :k], True)
 
 
-@kernels.hands_over_to(kernels.abs_topk)
+@kernels.hands_over_to(kernels.abs_topk)  # delete this line to change the definition
 def abs_topk(x, k):
     """Keep the k entries of x (..., n) of largest magnitude along the last dimension, and zero the rest.
 
@@ -41,7 +40,7 @@ def abs_topk(x, k):
     return torch.where(largest(x.detach().abs(), k), x, 0.0)
 
 
-@kernels.hands_over_to(kernels.sink_attention)
+@kernels.hands_over_to(kernels.sink_attention)  # delete this line to change the definition
 def sink_attention(q, k, v, sink_logit, dropout_p):
     """Causal attention in which every head sees one more key, of logit `sink_logit` and of value zero.
 
@@ -58,11 +57,11 @@ def sink_attention(q, k, v, sink_logit, dropout_p):
 
 
 def score(p):
-    """The score of each weight of p: finite, at least 0. The prune keeps the highest; in the paper |p|."""
+    """The score of each weight of p, finite and at least 0. In training p.grad is this step's gradient."""
     return p.abs()
 
 
-@kernels.hands_over_to(kernels.keep_survivors_)
+@kernels.hands_over_to(kernels.keep_survivors_)  # delete this line to change the definition
 def keep_survivors_(tensors, score):
     """Zero, in place, all but the k entries of largest score in each of `tensors`: (p, k, j, neuron_dim).
 

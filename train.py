@@ -282,8 +282,7 @@ def train(process, data, model, optimizer, scaler, step, best):
         compile_blocks(model, process)
     network = model
     if process.world_size > 1:
-        devices = [process.device] if process.device.type == "cuda" else None
-        network = DistributedDataParallel(model, devices, broadcast_buffers=False)
+        network = DistributedDataParallel(model, [process.device] if process.device.type == "cuda" else None)
     seconds = []  # that updates took since they were last logged
     if master:
         announce(model, process)
@@ -299,7 +298,8 @@ def train(process, data, model, optimizer, scaler, step, best):
         if master and due(step, log_gradients_every_n_steps):
             record |= gradient_statistics(model, scaler.get_scale())
         rms = update_(model, optimizer, scaler, step)
-        # one message to all ranks; with the stop signal as a number in it, they stop after the same step
+        # All ranks come here: what needs them all is summed in this one message. With the stop signal as a
+        # number in it, they stop after the same step.
         loss, rms, stopping = process.sum(loss.item() / process.world_size, rms.item() / process.world_size,
                                           float(stop_signal.received is not None))
         seconds.append(time.perf_counter() - begun)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from inspect import unwrap
 
 import numpy as np
 import torch
@@ -174,7 +175,7 @@ def bench_abs_topk(process):
         dy = torch.randn_like(x)
         ours, plain, definition, copy = (
             seconds(lambda f=f, x=x, dy=dy: torch.autograd.grad(f(x), x, dy), process)
-            for f in (AbsTopK(n // 4), PlainAbsTopK(n // 4), lambda x, k=n // 4: abs_topk.plain(x, k),
+            for f in (AbsTopK(n // 4), PlainAbsTopK(n // 4), lambda x, k=n // 4: unwrap(abs_topk)(x, k),
                       lambda x: x * 1.0))
         row(f"AbsTopK forward + backward, 16384 x {n}", ours, ("topk + scatter", plain),
             ("definition", definition), ("x * 1.0", copy))
@@ -198,7 +199,7 @@ def prune_by_definition_(model, l0_fraction):
     with torch.no_grad():
         for _, p, neuron_dim in model.sparse_parameters():
             j = 0 if neuron_dim is None else 4
-            keep_survivors_.plain([(p, max(1, int(l0_fraction * p.numel())), j, neuron_dim)], score)
+            unwrap(keep_survivors_)([(p, max(1, int(l0_fraction * p.numel())), j, neuron_dim)], score)
 
 
 def bench_prune(process):
@@ -220,7 +221,7 @@ def bench_attention(process):
         dy = torch.randn_like(q)
         ours, plain, masked, definition = (
             seconds(lambda f=f, inputs=inputs, dy=dy: f(*inputs, 0.0).backward(dy), process)
-            for f in (sink_attention, causal_attention, masked_sink_attention, sink_attention.plain))
+            for f in (sink_attention, causal_attention, masked_sink_attention, unwrap(sink_attention)))
         row(f"sink attention, d_head 16, T {T}", ours, ("plain causal", plain), ("dense mask", masked),
             ("definition", definition))
 

@@ -5,6 +5,7 @@ run in its interpreter, where it is installed: TRITON_INTERPRET=1 pytest -k trit
 import dataclasses
 import multiprocessing
 import os
+from inspect import unwrap
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_both_versions_choose_the_same_entries(table, dtype, data):
     k = data.draw(st.integers(1, x.size(1)))
     expected, (kept, mask) = plain_mask(x, k), keep_largest(x, k)
     assert torch.equal(mask, expected) and torch.equal(largest(x.abs(), k), expected)
-    assert torch.equal(kept, plain_abs_topk(x, k)) and torch.equal(abs_topk.plain(x, k), kept)
+    assert torch.equal(kept, plain_abs_topk(x, k)) and torch.equal(unwrap(abs_topk)(x, k), kept)
     assert torch.equal(zero_where_not(expected, x), kept)
 
 
@@ -77,7 +78,7 @@ def test_both_versions_prune_alike(table, dtype, data):
     floor = j * p.size(neuron_dim) if j else 1
     k = data.draw(st.integers(floor, p.numel()))
     expected = torch.from_numpy(plain_prune(p.double().numpy(), k, neuron_dim, j)).to(dtype)
-    for version in (keep_survivors_, keep_survivors_.plain):
+    for version in (keep_survivors_, unwrap(keep_survivors_)):
         pruned = p.clone()
         version([(pruned, k, j, neuron_dim)], score)
         assert torch.equal(pruned, expected), version
@@ -90,7 +91,7 @@ def test_the_prune_takes_any_score():
     stored = torch.rand(60, 80, generator=g).round(decimals=1)
     for other in (lambda p: stored, lambda p: stored * p.abs(), lambda p: p.abs() + abs_topk(p, 4).abs()):
         before, pruned = stored.clone(), []
-        for version in (keep_survivors_, keep_survivors_.plain):
+        for version in (keep_survivors_, unwrap(keep_survivors_)):
             pair = [(p.clone(), 1000, 4, 0), (q.clone(), 700, 3, 1), (q.clone(), 0, 0, None)]
             version(pair, other)
             pruned.append(pair)
@@ -102,7 +103,7 @@ def test_the_prune_takes_any_score():
 def test_a_fast_version_takes_what_its_definition_takes():
     """Arguments by name too; and where it does not apply, the definition runs."""
     x = torch.randn(3, 8)
-    assert torch.equal(abs_topk(x=x, k=2), abs_topk.plain(x, k=2))
+    assert torch.equal(abs_topk(x=x, k=2), unwrap(abs_topk)(x, k=2))
     calls = []
 
     @kernels.hands_over_to(lambda x: NotImplemented if x < 0 else "fast")
@@ -111,7 +112,7 @@ def test_a_fast_version_takes_what_its_definition_takes():
         return "plain"
 
     assert [definition(x) for x in (1, -1)] == ["fast", "plain"] and calls == [-1]
-    assert definition.plain(1) == "plain" and definition.__name__ == "definition"
+    assert unwrap(definition)(1) == "plain" and definition.__name__ == "definition"
 
 
 def test_prune_without_a_cpu():
@@ -155,8 +156,9 @@ def test_prune_works_in_a_forked_process():
 # attention with a sink, and sparse products
 
 
-@pytest.mark.parametrize("attend", [sink_attention, sink_attention.plain, kernels.attention_with_a_key_more],
-                         ids=["fused", "definition", "a key more"])
+@pytest.mark.parametrize("attend", [
+    sink_attention, unwrap(sink_attention), kernels.attention_with_a_key_more,
+], ids=["fused", "definition", "a key more"])
 def test_attention_with_a_sink_does_not_depend_on_strides(attend):
     """Views whose last dimension is not the innermost, as a sparse product makes, give what copies give."""
     g = torch.Generator().manual_seed(0)
@@ -178,7 +180,7 @@ def test_a_key_more_is_a_sink(b):
     inputs = [torch.randn(2, 3, 6, 4, generator=g).double().requires_grad_() for _ in range(3)]
     sinks, dy = torch.full((3,), b, dtype=torch.float64), torch.randn(2, 3, 6, 4, generator=g).double()
     results = []
-    for attend in (kernels.attention_with_a_key_more, sink_attention.plain):
+    for attend in (kernels.attention_with_a_key_more, unwrap(sink_attention)):
         y = attend(*inputs, sinks, 0.0)
         results.append((y.detach(), *torch.autograd.grad(y, inputs, dy)))
     for found, expected in zip(*results):
