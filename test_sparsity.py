@@ -1199,6 +1199,16 @@ def test_data_order_is_a_function_of_seed_step_and_micro_step(choose):
     assert first not in [*others, batch(5, 1)]
 
 
+def test_every_window_is_drawn(choose):
+    """Of data with two windows both are drawn, the last one too; the last token is a target."""
+    import train
+    from test_sparsity import CPU
+    choose(block_size=8, batch_size=64)
+    data = runs.Data(np.arange(10, dtype="<u2"), None, {}, "")
+    x, y = train.training_batch(data, 0, 0, CPU)
+    assert set(x[:, 0].tolist()) == {0, 1} and y.max() == 9
+
+
 def test_gradients_are_those_of_the_mean_over_micro_batches(choose):
     """Loss and gradients of a step are those of all its sequences in one batch; two ranks share them out."""
     choose(block_size=8, batch_size=2, gradient_accumulation_steps=4)

@@ -52,7 +52,7 @@ def test_both_versions_choose_the_same_entries(table, dtype, data):
     assert torch.equal(zero_where_not(expected, x), kept)
 
 
-@pytest.mark.parametrize("shape", [(3, 70_000), (2000, 100), (5, 1, 7, 33)])
+@pytest.mark.parametrize("shape", [(7, 70_000), (6000, 100), (5, 1, 7, 33)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_abs_topk_of_large_tensors(shape, dtype):
     """Also where the CPU's kernel takes the rows in several parts."""
@@ -82,6 +82,14 @@ def test_both_versions_prune_alike(table, dtype, data):
         pruned = p.clone()
         version([(pruned, k, j, neuron_dim)], score)
         assert torch.equal(pruned, expected), version
+
+
+def test_any_number_of_equals_is_pruned_lower_index_first():
+    """Of 70,000 equal scores exactly the first k survive, in both versions."""
+    for version in (keep_survivors_, unwrap(keep_survivors_)):
+        p = torch.ones(2, 35_000)
+        version([(p, 69_000, 0, None)], score)
+        assert p.flatten()[:69_000].all() and not p.flatten()[69_000:].any()
 
 
 def test_the_prune_takes_any_score():

@@ -160,6 +160,20 @@ def test_weight_statistics_are_those_of_numpy():
         assert found[f"weights/std/{group}"] == pytest.approx(array.std(), rel=1e-4, abs=1e-6)
 
 
+def test_gradient_statistics_are_those_of_the_unscaled_loss():
+    """float16's loss is scaled; the norms that are logged are of the gradients without that."""
+    import measures
+    from test_sparsity import tiny_model
+    found, m = [], tiny_model()
+    for scale in (1.0, 1024.0):
+        m.zero_grad()
+        torch.manual_seed(0)
+        x = torch.randint(m.config.vocab_size, (2, 8))
+        (m(x, x)[1] * scale).backward()
+        found.append(measures.gradient_statistics(m, scale))
+    assert found[1] == pytest.approx(found[0])
+
+
 def test_activation_statistics_are_those_of_numpy():
     """Fraction of nonzeros and RMS of every node site, averaged over layers, and the kurtosis of the final
     residual stream without tokens at which it is zero: of one token at each position."""

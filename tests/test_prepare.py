@@ -503,3 +503,34 @@ def test_bad_input_to_prepare_is_one_line(tmp_path, monkeypatch, capfd, what, ar
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     assert all(word in error for word in words), error
     assert tree(tmp_path) == before and not list(tmp_path.glob("**/.d.*"))
+
+
+def test_max_tokens_limits_training_tokens_alone(tmp_path):
+    """A validation split of its own is taken whole, however few training tokens are asked for."""
+    folder = tmp_path / "copy"
+    corpus(folder, TEXTS[:20], "train.jsonl")
+    corpus(folder, TEXTS[20:], "test.jsonl")
+    train, val = parts(run_prepare(tmp_path, f"--dataset={folder}", "--val_split=test", "--max_tokens=1"))
+    assert train == TEXTS[:1] and val == TEXTS[20:]
+
+
+def test_of_two_merges_that_spell_the_same_the_first_counts(monkeypatch):
+    """The second's id stays unused, so that texts are merged as they were in training."""
+    import rustbpe
+
+    class Trainer:
+        vocab_size = 260
+
+        def train_from_iterator(self, texts, vocab_size):
+            pass
+
+        def get_pattern(self):
+            return r"\w+|\W+"
+
+        def get_mergeable_ranks(self):
+            merges = [b"ab", b"bc", b"abc", b"abc"]  # the last two from (ab, c) and from (a, bc)
+            return [*((bytes([b]), b) for b in range(256)), *zip(merges, range(256, 260), strict=True)]
+
+    monkeypatch.setattr(rustbpe, "Tokenizer", Trainer)
+    monkeypatch.setattr(prepare, "vocab_size", 261)
+    assert prepare.train_bpe().encode("abc") == [258]

@@ -236,7 +236,7 @@ FORKS = {
     "attn_z": lambda model: vars(model.config).update(activation_sparsity_locations="attn_in,attn_z"),
     "SignedTopK": lambda model: setattr(model.transformer.h[1].attn, "attn_q", SignedTopK(4)),
     "q_gain": lambda model: model.transformer.h[0].attn.register_parameter("q_gain", model.bigram_table),
-    "without transformer.h": use_sparse_linears_,
+    "without lm_head": use_sparse_linears_,
 }
 
 
@@ -294,3 +294,20 @@ def test_a_tokenizer_is_known_by_its_contents(tmp_path, here, capsys):
     assert run(f"train.py --init_from={tmp_path / 'other'} --dataset=other {flags}") == 0
     assert run(f"train.py --init_from={tmp_path / 'tiny'} --dataset=other --out_dir=new {flags}") == 2
     assert "tokenizer.json" in capsys.readouterr().err
+
+
+def test_ln_bias_means_nothing_to_a_model_with_rms_norm(write):
+    """RMSNorm has no bias, whatever the configuration says of those of LayerNorms."""
+    _, folder = write()
+    edit_released(folder, ln_bias=False)
+    released.read(folder)
+
+
+def test_keys_that_are_left_out_have_their_loaders_defaults():
+    """A beeg_config.json of sizes alone is a dense GPT-2 with tied embeddings."""
+    config = released.config_of(
+        {"block_size": 8, "vocab_size": 11, "n_layer": 1, "n_head": 2, "d_model": 16})
+    assert config == GPTConfig(
+        block_size=8, vocab_size=11, n_layer=1, n_head=2, d_model=16, d_head=8, d_mlp=64, use_rms_norm=False,
+        tie_embeddings=True, use_bigram_table=False, use_attention_sinks=False, activation_topk_fraction=1.0,
+        activation_sparsity_locations="attn_in,attn_out,mlp_in,mlp_out")

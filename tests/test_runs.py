@@ -15,8 +15,9 @@ import sys
 import pytest
 import torch
 
+import runs
 import train
-from conftest import tree
+from conftest import read, tree
 from test_sparsity import (
     REPO,
     assert_ended_alike,
@@ -109,12 +110,28 @@ def test_a_checkpoint_sets_settings_only(trained, monkeypatch):
 
 
 def test_a_new_run_moves_an_old_one_aside(here):
-    """Training into an out_dir that holds a run keeps that run's files, byte for byte."""
-    assert run("train.py tiny.py") == 0
-    before = tree("out")
-    del before["lock"]  # which is the folder's, not the run's
-    assert run("train.py tiny.py --seed=2") == 0
-    assert tree("out/previous-1") == before
+    """Training into an out_dir that holds a run keeps that run's files, byte for byte; so does a third."""
+    from conftest import tree
+    assert run("train.py tiny.py --max_iters=4") == 0
+    for n in (1, 2):
+        before = {name: digest for name, digest in tree("out").items() if not name.startswith("previous-")}
+        del before["lock"]  # which is the folder's, not the run's
+        assert run(f"train.py tiny.py --seed={n + 1} --max_iters=4") == 0
+        assert tree(f"out/previous-{n}") == before
+
+
+def test_out_dir_is_claimed_by_one_at_a_time(tmp_path):
+    """A second claim of the same folder ends the script, until the first is given up."""
+    with runs.claim_out_dir(tmp_path), pytest.raises(SystemExit):
+        runs.claim_out_dir(tmp_path)
+    runs.claim_out_dir(tmp_path).close()
+
+
+def test_a_folder_of_data_is_no_out_dir(here):
+    """Training never writes its tokenizer.json over that of prepared data."""
+    before = read("data/tiny/tokenizer.json")
+    assert run("train.py tiny.py --dataset=other --out_dir=data/tiny") == 2
+    assert read("data/tiny/tokenizer.json") == before
 
 
 def test_two_runs_do_not_share_an_out_dir(here, capsys):

@@ -1,0 +1,19 @@
+"""Samples: what the prompt and top_k do. Generation itself is tested in test_sparsity.py."""
+from test_sparsity import run
+
+
+def test_top_k_0_draws_among_all_tokens(trained, capsys):
+    """sample.py --top_k=0 prints what a top_k of the whole vocabulary does."""
+    printed = []
+    for top_k in (0, 257):
+        assert run(f"sample.py --device=cpu --num_samples=1 --max_new_tokens=20 --top_k={top_k}") == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != ""
+
+
+def test_a_prompt_may_fill_the_window(trained, capsys):
+    """A prompt of block_size tokens is continued; one token more is refused."""
+    flags = "--device=cpu --num_samples=1 --max_new_tokens=3"
+    assert run(f"sample.py {flags} --start=sixteen-tokens-.") == 0
+    assert "sixteen-tokens-." in capsys.readouterr().out
+    assert run(f"sample.py {flags} --start=seventeen-tokens.") == 2
