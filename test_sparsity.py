@@ -28,6 +28,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+import circuit
 import prepare
 import runs
 import sample
@@ -1016,7 +1017,7 @@ def test_default_settings_are_the_papers():
 
 
 REPO = os.path.dirname(os.path.abspath(train.__file__))
-SCRIPTS = {"prepare.py": prepare, "sample.py": sample, "train.py": train}
+SCRIPTS = {"circuit.py": circuit, "prepare.py": prepare, "sample.py": sample, "train.py": train}
 DEFAULTS = {name: settings_of(vars(script)) for name, script in SCRIPTS.items()}
 
 TINY = """

@@ -1,5 +1,5 @@
 """The scripts around the experiments: which runs are made and how they are summed up, the evaluation on all
-of val, the look inside a model, and the figures.
+of val, and the curves.
 """
 import collections
 import csv
@@ -18,10 +18,9 @@ import pytest
 import torch
 
 import runs
-from conftest import byte_tokenizer
-from experiments import evaluate, look_inside, plot
+from experiments import evaluate, plot
 from experiments import run as experiments
-from test_sparsity import REPO, checkpoint, random_model, some_tokens
+from test_sparsity import REPO, checkpoint
 
 # ----------------------------------------------------------------------------------------------------------
 # experiments/run.py
@@ -248,100 +247,7 @@ def test_counted_bigrams_are_a_distribution():
 
 
 # ----------------------------------------------------------------------------------------------------------
-# experiments/look_inside.py and plot.py
-
-
-def test_the_strongest_nodes_are_those_that_write_most():
-    """By what attention passes on of the values, by the activations of neurons; with their own weights."""
-    model, idx = random_model(3, n_layer=2), some_tokens(3, 8)
-    passed_on = {}
-    for block in model.transformer.h:
-        for part in (block.attn, block.mlp):
-            part.c_proj.register_forward_hook(lambda m, inputs, _: passed_on.update({m: inputs[0]}))
-    found = look_inside.measure(model, idx)
-    assert [nodes.name for nodes in found] == ["attn_v 0", "mlp_neuron 0", "attn_v 1", "mlp_neuron 1"]
-    for attn_v, neurons, block in zip(found[::2], found[1::2], model.transformer.h, strict=True):
-        values = block.attn.c_attn.weight[2 * block.attn.c_proj.in_features:]
-        assert torch.equal(attn_v.reads, values * block.ln_1.weight)
-        assert torch.equal(neurons.reads, block.mlp.c_fc.weight * block.ln_2.weight)
-        for nodes, part in ((attn_v, block.attn), (neurons, block.mlp)):
-            assert torch.equal(nodes.writes, part.c_proj.weight)
-            written = [passed_on[part.c_proj][..., i, None].abs() * nodes.writes[:, i].norm()
-                       for i in range(nodes.writes.size(1))]
-            assert nodes.strongest() == max(range(len(written)), key=lambda i: written[i].sum())
-        assert torch.equal(neurons.activations, passed_on[block.mlp.c_proj])
-
-
-def test_a_channel_is_named_by_the_largest_weights_on_it():
-    """Of tokens and nodes, three at most, a minus before the negative ones."""
-    tokens, nodes = torch.zeros(5, 2), torch.zeros(2, 4)
-    tokens[3, 0], tokens[1, 0] = 0.5, -2.0
-    nodes[0, 2], nodes[0, 3] = 1.0, 0.1
-    tokenizer = byte_tokenizer(5)
-    names = [look_inside.spelling(tokenizer, t) for t in range(5)]
-    assert look_inside.name_channel(tokens, [("mlp_neuron 0", nodes)], tokenizer, 0) == (
-        f"-{names[1]}, mlp_neuron 0.2, {names[3]}")
-    assert look_inside.name_channel(tokens, [("mlp_neuron 0", nodes)], tokenizer, 1) == "nothing"
-
-
-def test_snippets_are_where_the_node_is_largest(monkeypatch):
-    """Once a window, the largest magnitude first, none where it is zero."""
-    activations = torch.zeros(4, 6, 2)
-    activations[0, 5, 1], activations[1, 2, 1], activations[1, 3, 1], activations[3, 0, 1] = 1, -3, 2, 2
-    activations[2, 1, 0] = 9  # another node
-    nodes = look_inside.Nodes("", activations, None, None, None)
-    idx, tokenizer = torch.arange(24).view(4, 6), byte_tokenizer(30)
-    spelled = [look_inside.spelling(tokenizer, t)[1:-1] for t in range(24)]
-    found = list(look_inside.snippets(nodes, 1, idx, tokenizer))
-    assert [strength for strength, *_ in found] == [-3, 2, 1]
-    assert [token for _, _, token, _ in found] == [spelled[8], spelled[18], spelled[5]]
-    assert found[0][1].endswith(spelled[7]) and found[0][3].startswith(spelled[9])
-    monkeypatch.setattr(look_inside, "texts", 1)
-    assert len(list(look_inside.snippets(nodes, 1, idx, tokenizer))) == 1
-
-
-def test_a_node_is_drawn_with_its_largest_weights(monkeypatch):
-    """Those it reads on the left, those it writes on the right, the largest first."""
-    monkeypatch.setattr(look_inside, "weights", 2)
-    for side, align in ((-1, "right"), (1, "left")):
-        axis = plot.plt.figure().subplots()
-        strengths = torch.tensor([0.1, 0.0, -3.0, 2.0])
-        look_inside.draw_side(axis, strengths, lambda channel: f"name {channel}", side)
-        texts = [text for text in axis.texts if text.get_text()]
-        assert [text.get_text() for text in texts] == [
-            "-3.00  channel 2: name 2", "+2.00  channel 3: name 3", "and 1 more"]
-        assert {text.get_ha() for text in texts} == {align}
-
-
-def test_a_look_inside(trained, monkeypatch):
-    """Two nodes for each block that is asked for, the left of each drawn from what it reads."""
-    monkeypatch.setattr(sys, "argv", ["look_inside"])
-    look_inside.main()
-    assert Path("out/inside.png").stat().st_size > 0
-    model, idx, sides = random_model(3, n_layer=3), some_tokens(3, 8), []
-    monkeypatch.setattr(look_inside, "draw_side",
-                        lambda axis, strengths, name, side: sides.append((side, strengths)))
-    figure = plot.plt.figure()
-    look_inside.draw(figure, model, byte_tokenizer(model.config.vocab_size), idx, {1})
-    found = look_inside.measure(model, idx)[2:4]
-    assert [axis.get_title() for axis in figure.axes] == [f"{n.name}.{n.strongest()}" for n in found]
-    assert [side for side, _ in sides] == [-1, 1, -1, 1]
-    for nodes, (_, reads), (_, writes) in zip(found, sides[::2], sides[1::2], strict=True):
-        assert torch.equal(reads, nodes.reads[nodes.strongest()])
-        assert torch.equal(writes, nodes.writes[:, nodes.strongest()])
-
-
-@pytest.mark.parametrize("flags, error", [
-    ("--blocks=1", "must be numbers from 0 to 0"), ("--windows=0", "at least 1"),
-    ("--texts=-1", "at least 0")])
-def test_bad_input_to_look_inside(trained, monkeypatch, capsys, flags, error):
-    """It ends the script with one line that says what is legal."""
-    monkeypatch.setattr(sys, "argv", ["look_inside", flags])
-    for name in ("blocks", "windows", "texts"):  # for configure() sets them
-        monkeypatch.setattr(look_inside, name, getattr(look_inside, name))
-    with pytest.raises(SystemExit):
-        look_inside.main()
-    assert error in capsys.readouterr().err
+# experiments/plot.py
 
 
 def test_curves_are_drawn_beside_those_of_another_run(trained, monkeypatch):

@@ -1,0 +1,254 @@
+"""What a sceptic asks of a circuit: functions that circuit.py calls, and the table that it prints.
+
+Results are dicts: loss and accuracy of the choice between two answers, nodes and edges. The controls that
+need a search of their own are at the end: models and labels with what was learned destroyed.
+"""
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from circuits.nodes import count, loss_of
+from model import GPT
+
+DRAWS = 5  # of random nodes
+GIVEN_BACK = (0.1, 0.25, 0.5, 0.75)  # shares of the ablated nodes
+
+# ----------------------------------------------------------------------------------------------------------
+# results
+
+
+def result(logits):
+    """Loss, its standard error and accuracy of logits (n, 2), the right answer's first."""
+    losses, margin = loss_of(logits), logits[:, 0] - logits[:, 1]
+    return {"loss": losses.mean().item(), "standard_error": (losses.std() / len(losses)**0.5).item(),
+            "accuracy": (margin.sign() / 2 + 0.5).mean().item()}  # a tie is half right
+
+
+def fitted(nodes, gates, choosing, judging):
+    """The result when the logits are scaled, and one answer's shifted, so as to do best on train.
+
+    A shift of both does nothing in a softmax.
+    """
+    scale_and_shift = torch.tensor([1.0, 0.0], device=nodes.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([scale_and_shift], max_iter=50, line_search_fn="strong_wolfe")
+
+    def fit(logits, contexts):
+        scale, shift = scale_and_shift
+        margin = scale * (logits[:, 0] - logits[:, 1]) + shift * contexts.sides()
+        return torch.stack([margin, torch.zeros_like(margin)], dim=1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(fit(logits, choosing)).mean()
+        loss.backward()
+        return loss
+
+    logits = nodes.judge(choosing, gates)
+    optimizer.step(closure)
+    with torch.no_grad():
+        return result(fit(nodes.judge(judging, gates), judging))
+
+
+def last_token_alone(train, contexts):
+    """Logits (n, 2) of how often train has each answer after the last token, as if both were as frequent."""
+    logits = torch.zeros(len(contexts), 2)
+    last, answers = contexts.last_tokens()[:, 0].cpu(), contexts.answers.cpu()
+    before, after, counts = train[:-1], train[1:], {}
+    for answer in answers.unique().tolist():
+        count = np.bincount(before[after == answer], minlength=2**16)
+        counts[answer] = torch.from_numpy(count / max(count.sum(), 1))
+    for row, pair in enumerate(answers.tolist()):
+        share = torch.stack([counts[answer][last[row]] for answer in pair])
+        logits[row] = (share + 1e-5).log()  # about one occurrence: what is not in train decides nothing
+    return logits
+
+
+def random_like(nodes, gates, generator):
+    """Gates of as many nodes at each site, drawn among those that are ever active."""
+    drawn = torch.zeros_like(gates)
+    for name, part in nodes.split(drawn).items():
+        live = nodes.means[name].nonzero()[:, 0]
+        shuffled = live[torch.randperm(len(live), generator=generator).to(live.device)]
+        part[shuffled[:int(nodes.split(gates)[name].sum())]] = 1
+    return drawn
+
+
+
+
+def baselines(nodes, train, contexts):
+    """Results without a circuit: name -> dict. What these solve is no task for one."""
+    model, ones = nodes.model, torch.ones(nodes.number, device=nodes.device)
+    bigrams = torch.zeros(len(contexts), 1, model.config.vocab_size, device=nodes.device)
+    bigrams = (bigrams + F.embedding(contexts.last_tokens(), model.bigram_table))[:, 0]
+    return {
+        "whole": result(nodes.judge(contexts, ones)) | count(nodes, ones),
+        "bigram_table": result(bigrams.gather(1, contexts.answers)),
+        "last_token": result(last_token_alone(train, contexts)),
+        "nothing": result(nodes.judge(contexts, 0 * ones)) | count(nodes, 0 * ones),
+        "chance": result(torch.zeros(len(contexts), 2)),
+    }
+
+
+def random_draws(nodes, gates, contexts, seed):
+    """Results of as many random nodes per site, as a circuit and when they are ablated: two lists."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [random_like(nodes, gates, generator) for _ in range(DRAWS)]
+    return ([result(nodes.judge(contexts, g)) | count(nodes, g) for g in drawn],
+            [result(nodes.judge(contexts, 1 - g)) | count(nodes, 1 - g) for g in drawn])
+
+
+def faithfulness(nodes, gates, contexts, seed):
+    """Whether the circuit errs where the whole model errs, and gets better as nodes are given back to it."""
+    whole, inside = ((c[:, 0] - c[:, 1]) for c in (nodes.judge(contexts, torch.ones_like(gates)),
+                                                   nodes.judge(contexts, gates)))
+    sides = contexts.sides()
+    correlation = torch.corrcoef(torch.stack([whole * sides, inside * sides]))[0, 1].item()
+    off = (gates == 0).nonzero()[:, 0]
+    generator, losses = torch.Generator().manual_seed(seed), {share: [] for share in GIVEN_BACK}
+    for _ in range(DRAWS):
+        order = off[torch.randperm(len(off), generator=generator).to(off.device)]
+        for share in GIVEN_BACK:
+            more = gates.clone()
+            more[order[:int(share * len(off))]] = 1
+            losses[share].append(loss_of(nodes.judge(contexts, more)).mean().item())
+    return {"same_answer": ((whole > 0) == (inside > 0)).float().mean().item(), "correlation": correlation,
+            "given_back": {str(share): values for share, values in losses.items()}}
+
+
+def interventions(nodes, gates, contexts):
+    """Results when kept nodes are removed or reversed: for each query, key, value and neuron, and for all
+    values of a head together. A list of dicts.
+
+    In the whole model and in the circuit, with the accuracy for either answer, that of the lower id first.
+    For queries and keys also the mean attention of their head, in the whole model, to the token that it
+    attends to most when nothing is done.
+    """
+    d_head, found = nodes.model.config.d_head, []
+    for name, channels in nodes.kept(gates).items():
+        location = name.split(".")[-1]
+        if location not in ("attn_q", "attn_k", "attn_v", "mlp_neuron"):
+            continue
+        groups = [[channel] for channel in channels]
+        if location == "attn_v":
+            heads = {c // d_head for c in channels}
+            together = [[c for c in channels if c // d_head == head] for head in sorted(heads)]
+            groups += [group for group in together if len(group) > 1]
+        for group in groups:
+            record = {"site": name, "channels": group}
+            for what, value in (("removed", 0.0), ("reversed", -1.0)):
+                for where, before in (("whole", torch.ones_like(gates)), ("circuit", gates)):
+                    after = before.clone()
+                    nodes.split(after)[name][group] = value
+                    logits = nodes.judge(contexts, after)
+                    record[f"{what}_in_{where}"] = result(logits) | {"accuracy_of_each": [
+                        result(logits[contexts.sides() == side])["accuracy"] for side in (1, -1)]}
+                    if where == "whole" and location in ("attn_q", "attn_k"):
+                        looks = [nodes.attention(contexts, g, int(name.split(".")[0]))[:, group[0] // d_head]
+                                 for g in (before, after)]
+                        top = looks[0].argmax(1, keepdim=True)
+                        record["attention"], record[f"attention_{what}"] = (
+                            look.gather(1, top).mean().item() for look in looks)
+            found.append(record)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------
+# what was learned, destroyed
+
+
+def drawn_anew(model, seed):
+    """The same model, its weights drawn anew and pruned to as many."""
+    torch.manual_seed(seed)
+    new = GPT(model.config).to(next(model.parameters()).device).eval().requires_grad_(False)
+    matrices = model.decayed_parameters()
+    l0 = sum(p.count_nonzero().item() for p in matrices) / sum(p.numel() for p in matrices)
+    new.prune_(max(l0, new.smallest_l0()))
+    return new
+
+
+def shuffled_weights(model, seed):
+    """The same model, the weights of each pruned matrix and bias shuffled within it."""
+    new = GPT(model.config).to(next(model.parameters()).device).eval().requires_grad_(False)
+    new.load_state_dict(model.state_dict())
+    generator = torch.Generator().manual_seed(seed)
+    for _, p, _ in new.sparse_parameters():
+        p.copy_(p.flatten()[torch.randperm(p.numel(), generator=generator).to(p.device)].view_as(p))
+    return new
+
+
+def shuffled_labels(contexts, seed):
+    """The same contexts, the two answers of each exchanged or not by chance."""
+    generator = torch.Generator().manual_seed(seed)
+    exchange = (torch.rand(len(contexts), 1, generator=generator) < 0.5).to(contexts.answers.device)
+    return replace(contexts, answers=torch.where(exchange, contexts.answers.flip(1), contexts.answers))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the table
+
+HEADINGS = {
+    "chance": "chance", "last_token": "last token alone", "bigram_table": "bigram table alone",
+    "whole": "whole model", "whole_fitted": "  its logits fitted", "nothing": "all nodes ablated",
+    "circuit": "CIRCUIT", "circuit_fitted": "  its logits fitted", "without": "model without the circuit",
+    "without_random": "model without random nodes", "random": "random nodes",
+    "weights_drawn_anew": "weights drawn anew", "weights_shuffled": "weights shuffled",
+    "labels_shuffled": "labels shuffled",
+}
+
+
+def print_table(results, judged_by):
+    """One line for each result of HEADINGS; of several draws, the range of their losses and accuracies."""
+    print(f"\n{judged_by}; loss of the choice between the answers, in nats\n\n"
+          f"{'':28}{'loss':>15}{'accuracy':>17}{'nodes':>8}{'edges':>9}")
+    for key, heading in HEADINGS.items():
+        draws = results.get(key, [])
+        draws = draws if isinstance(draws, list) else [draws]
+        if draws:
+            (low, high), (worst, best) = ((min(v), max(v)) for v in
+                                          ([d[of] for d in draws] for of in ("loss", "accuracy")))
+            loss = f"{low:.3f}" + (f" to {high:.3f}" if len(draws) > 1 else "")
+            accuracy = f"{worst:.1%}" + (f" to {best:.1%}" if len(draws) > 1 else "")
+            size = "".join(f"{draws[0][of]:>{width},}" if of in draws[0] else " " * width
+                           for of, width in (("nodes", 8), ("edges", 9)))
+            reached = "" if "reached" not in draws[0] else "   {reached} of {of} reached".format(**draws[0])
+            print(f"{heading:28}{loss:>15}{accuracy:>17}{size}{reached}")
+
+
+def print_intervention(record):
+    print(f"{record['site']} {', '.join(map(str, record['channels']))}: " + "; ".join(
+        "{what} in the {where} {loss:.3f} ({0:.0%} and {1:.0%} right)".format(
+            *r["accuracy_of_each"], what=what, where=where.replace("whole", "whole model"), **r)
+        for what in ("removed", "reversed") for where in ("whole", "circuit")
+        for r in [record[f"{what}_in_{where}"]]))
+    if "attention" in record:
+        print("    attention of its head to the token that it attends to most: {attention:.2f}; removed "
+              "{attention_removed:.2f}, reversed {attention_reversed:.2f}".format(**record))
+
+
+def print_rest(results):
+    """What is no line of the table."""
+    c, w = results["circuit"], results["whole"]
+    print(f"\nsize: {c['nodes']:,} of {w['nodes']:,} nodes, {c['edges']:,} of {w['edges']:,} edges; and, "
+          f"not counted in these, {c['biases']} biases, {c['embedding']:,} weights of the embedding and "
+          f"{c['unembedding']:,} of the unembedding")
+    seeds = results["seeds"]
+    print(f"mask seeds at penalty {seeds['penalty']:g}: {seeds['nodes']} nodes, {seeds['edges']} edges; "
+          f"pairs share {[round(x, 2) for x in seeds['overlaps']]} of their nodes; of all {seeds['of']} "
+          f"runs {seeds['failed']} failed")
+    if "faithfulness" not in results:
+        return
+    same = results["faithfulness"]
+    back = ", ".join(f"{float(share):.0%}: {np.mean(losses):.3f} (at most {max(losses):.3f})"
+                     for share, losses in same["given_back"].items())
+    print(f"same answer as the whole model: {same['same_answer']:.1%}; correlation of the logit "
+          f"differences: {same['correlation']:.2f}\nloss as random ablated nodes are given back: {back}")
+    print("variance that nodes keep in the circuit (1: all): "
+          + "; ".join(f"{name} " + " ".join(f"{x:.2f}" for x in shares.values())
+                      for name, shares in results["survival"].items()))
+    for record in results["interventions"]:
+        print_intervention(record)
+    print("\nThe circuit is sufficient, and as necessary as the table says, under this ablation and\n"
+          "on these contexts. That does not prove that the model computes the task so: norms and\n"
+          "AbsTopK react to what is ablated, and causal scrubbing would ask for more.")
