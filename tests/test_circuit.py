@@ -231,7 +231,7 @@ def test_a_task_of_templates(task):
 
 
 @pytest.mark.parametrize("spec, flags, words", [
-    ({"answers": ["r", "t"]}, "--target_loss=1e-9", ["does not do task", "--target_loss="]),
+    ({"answers": ["r", "t"]}, "--target_loss=1e-9", ["does not do task", "train it further"]),
     ({"answers": ["ret", "t"]}, "", ["'ret'", "3 tokens"]),
     ({"answers": ["r", "Z"]}, "", ["train has 0 contexts", "'Z'"]),
     ({"answers": ["r", "t"], "contains": "nowhere"}, "", ["train has 0 contexts"]),
