@@ -123,25 +123,23 @@ class Runs:
 
 def train_one(flags, rate, seed):
     """Run train.py once. Returns what the CSV says of it; a run that diverges has a loss of inf."""
-    with tempfile.TemporaryDirectory() as out_dir, tempfile.TemporaryFile("w+") as errors:
+    with tempfile.TemporaryDirectory() as out_dir, tempfile.TemporaryFile("w+") as output:
         command = [sys.executable, "train.py", "experiments/tiny.py", *flags.split(),
                    f"--learning_rate={rate}", f"--seed={seed}", f"--out_dir={out_dir}"]
         process = subprocess.Popen(
-            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=errors,
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=output,
             start_new_session=True)  # which Ctrl-C does not reach: it may finish
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         record = dict.fromkeys(COLUMNS[3:], "") | {"cpu_seconds": round(used.ru_utime + used.ru_stime)}
-        errors.seek(0)
-        error = errors.read()
-        if process.returncode == 1 and "loss is" in error:
+        output.seek(0)
+        printed = output.read()
+        if process.returncode == 1 and "loss is" in printed:
             return record | {"val_loss": "inf"}
-        if process.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{error}")
+        if process.returncode or "stopped before step" in printed:
+            raise SystemExit(f"{' '.join(command)}\nfailed or was stopped\n{printed[-2000:]}")
         with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as f:
             lines = [json.loads(line) for line in f]
-    if "val/loss" not in lines[-1] or lines[-1]["step"] == 0:
-        raise SystemExit(f"{' '.join(command)}\nwas stopped")
     last = {key: value for line in lines for key, value in line.items()}
     return record | {
         "val_loss": f"{last['val/loss']:.4f}", "bits_per_byte": f"{last['val/bits_per_byte']:.4f}",
