@@ -20,9 +20,9 @@ import torch
 from circuits import picture, sceptic
 from circuits.nodes import Contexts, Nodes, count, loss_of, means_over, survival
 from circuits.sceptic import result
-from configurator import configure, fail
+from configurator import check_rules, configure, fail
 from prepare import load_tokenizer
-from runs import load_checkpoint, load_data, model_of, this_process, windows
+from runs import load_run, this_process, windows
 
 out_dir = "out"  # of the training run
 checkpoint = "ckpt.pt"  # in out_dir: 'ckpt.pt' is the latest, 'best.pt' the one of the best val loss
@@ -271,17 +271,6 @@ def contexts_record(contexts, answers):
             "answers": [contexts.answers[rows].tolist() for rows in groups]}
 
 
-def load_run(process):
-    """The model of out_dir, frozen, its tokenizer and its data."""
-    saved = load_checkpoint(os.path.join(out_dir, checkpoint))
-    model = model_of(saved).to(process.device).eval().requires_grad_(False)
-    folder = os.path.join("data", saved["settings"]["dataset"])
-    data = load_data(folder, model.config.block_size)
-    if data.meta["tokenizer_sha256"] != saved["tokenizer_sha256"]:
-        fail(f"{folder} has another tokenizer than the model of {out_dir}: prepare its data again")
-    return model, load_tokenizer(os.path.join(folder, "tokenizer.json")), data
-
-
 def measured_nodes(model, data, process):
     T = model.config.block_size
     starts = np.linspace(0, len(data.train) - T - 1, mean_windows).astype(int)
@@ -289,17 +278,14 @@ def measured_nodes(model, data, process):
 
 
 def check_settings():
-    for names, legal, rule in (
+    check_rules(globals(), (
         ("mask_seeds steps batch_size mean_windows", lambda v: v >= 1, "must be at least 1"),
         ("choosing_contexts judging_contexts", lambda v: v >= 2 * FEWEST, f"must be at least {2 * FEWEST}"),
         ("target_loss seed", lambda v: v >= 0, "must not be negative"),
         ("learning_rate temperature", lambda v: v > 0, "must be more than 0"),
         ("start noise", lambda v: 0 <= v <= 1, "must lie between 0 and 1"),
         ("ablation", lambda v: v in ("mean", "zero"), "does not exist: choose mean or zero"),
-    ):
-        for name in names.split():
-            if not legal(globals()[name]):
-                fail(f"{name}={globals()[name]} {rule}")
+    ))
     try:
         [float(p) for p in penalties.split(",")]
     except ValueError:
@@ -357,7 +343,9 @@ def main():
     configure(globals())
     check_settings()
     process = this_process(device, "float32")
-    model, tokenizer, data = load_run(process)
+    saved, model, data = load_run(out_dir, checkpoint)
+    model.to(process.device).requires_grad_(False)
+    tokenizer = load_tokenizer(os.path.join("data", saved["settings"]["dataset"], "tokenizer.json"))
     spec, name = read_task(tokenizer)
     sets = learning, choosing, judging = three_sets(spec, data, tokenizer, model.config.block_size, process)
     target = target_loss or spec["target_loss"]

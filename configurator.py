@@ -50,6 +50,14 @@ def configure(settings, argv=None):
     return set(chosen)
 
 
+def check_rules(settings, rules):
+    """End the script if a setting breaks one of `rules`: (names, by spaces; what is legal; the words)."""
+    for names, legal, rule in rules:
+        for name in names.split():
+            if not legal(settings[name]):
+                fail(f"{name}={settings[name]} {rule}")
+
+
 def run_config_file(path):
     """Run the Python file at `path`; return what it assigned, less names with a leading _ and modules."""
     if not os.path.isfile(path):

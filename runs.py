@@ -263,6 +263,19 @@ def model_of(checkpoint):
     return model
 
 
+def load_run(out_dir, name):
+    """A trained run: checkpoint `name` (a dict) without the optimizer, the model to evaluate, the data."""
+    checkpoint = load_checkpoint(os.path.join(out_dir, name))
+    del checkpoint["optimizer"]  # twice the size of the model, and of no use here
+    model = model_of(checkpoint).eval()
+    folder = os.path.join("data", checkpoint["settings"]["dataset"])
+    data = load_data(folder, model.config.block_size)
+    if data.meta["tokenizer_sha256"] != checkpoint["tokenizer_sha256"]:
+        fail(f"{folder} has another tokenizer than the model of {out_dir} was trained with: prepare that "
+             "data again")
+    return checkpoint, model, data
+
+
 def load_released(folder):
     """A model in the format of github.com/openai/circuit_sparsity."""
     try:

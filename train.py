@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import configure, fail, settings_of
+from configurator import check_rules, configure, fail, settings_of
 from measures import (
     activation_statistics,
     evaluate,
@@ -283,7 +283,7 @@ def train(process, data, model, optimizer, scaler, step, best):
     network = model
     if process.world_size > 1:
         network = DistributedDataParallel(model, [process.device] if process.device.type == "cuda" else None)
-    seconds = []  # that updates took since they were last logged
+    seconds, updates = 0.0, 0  # since they were last logged
     if master:
         announce(model, process)
 
@@ -302,17 +302,17 @@ def train(process, data, model, optimizer, scaler, step, best):
         # number in it, they stop after the same step.
         loss, rms, stopping = process.sum(loss.item() / process.world_size, rms.item() / process.world_size,
                                           float(stop_signal.received is not None))
-        seconds.append(time.perf_counter() - begun)
+        seconds, updates = seconds + time.perf_counter() - begun, updates + 1
         overflow = not math.isfinite(rms) and scaler.is_enabled()  # of float16: Adam was skipped
         if not math.isfinite(loss) or not (math.isfinite(rms) or overflow):
             stop(f"at step {step} the loss is {loss} and the gradients' RMS {rms}", out_dir)
 
         if master:
-            record |= record_of_update(model, step, loss, rms, sum(seconds) / len(seconds))
+            record |= record_of_update(model, step, loss, rms, seconds / updates)
         if record:
             log.write({"step": step, **record})
         if due(step, log_every_n_steps):
-            seconds.clear()
+            seconds, updates = 0.0, 0
         step += 1
 
         if stopping:
@@ -332,7 +332,7 @@ def train(process, data, model, optimizer, scaler, step, best):
 
 def check_settings(world_size):
     """End the script if the settings cannot make a run, whatever the model and the data."""
-    for names, legal, rule in (
+    check_rules(globals(), (
         ("batch_size gradient_accumulation_steps max_iters eval_interval eval_iters",
          lambda v: v >= 1, "must be at least 1"),
         ("sparsity_anneal_start_fraction sparsity_anneal_end_fraction warmup_fraction",
@@ -348,10 +348,7 @@ def check_settings(world_size):
          f"must not be less than sparsity_anneal_start_fraction={sparsity_anneal_start_fraction}"),
         ("gradient_accumulation_steps", lambda v: v % world_size == 0,
          f"counts over all ranks and must be a multiple of their number, {world_size}"),
-    ):
-        for name in names.split():
-            if not legal(globals()[name]):
-                fail(f"{name}={globals()[name]} {rule}")
+    ))
 
 
 def build_model(model, vocab_size, given):

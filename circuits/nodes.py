@@ -5,11 +5,12 @@ through forward hooks on the modules that `GPT.sites` lists: there is no forward
 """
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import unwrap
 
 import torch
 import torch.nn.functional as F
 
-from model import LOCATIONS
+from model import LOCATIONS, sink_attention
 
 NODE_SITES = LOCATIONS[:8]
 
@@ -139,18 +140,15 @@ class Nodes:
     def attention(self, contexts, gates, block):
         """What the last tokens attend to in a block, (n, n_head, T). What is left of 1 goes to the sink."""
         attn, parts = self.model.transformer.h[block].attn, []
-        for batch in contexts.batches():
+        for batch in contexts.batches(16):
             seen = {}
             self.logits(batch, gates, watch=seen.__setitem__)
             n, T = batch.idx.shape
-            q = seen[f"{block}.attn.attn_q"][torch.arange(n), batch.last]
-            q = q.view(n, attn.n_head, 1, attn.d_head)
-            k = seen[f"{block}.attn.attn_k"].view(n, T, attn.n_head, attn.d_head).transpose(1, 2)
-            scores = (q @ k.mT)[:, :, 0] * attn.d_head**-0.5
-            future = torch.arange(T, device=self.device) > batch.last[:, None, None]
-            scores = scores.masked_fill(future, -torch.inf)
-            scores = torch.cat([scores, attn.sink_logit.expand(n, -1)[..., None]], dim=-1)
-            parts.append(scores.softmax(-1)[..., :T])
+            q, k = (seen[f"{block}.attn.attn_{part}"].view(n, T, attn.n_head, attn.d_head).transpose(1, 2)
+                    for part in "qk")
+            # with the identity for values, what attention puts out are its weights
+            weights = unwrap(sink_attention)(q, k, torch.eye(T, device=self.device), attn.sink_logit, 0.0)
+            parts.append(weights[torch.arange(n), :, batch.last])
         return torch.cat(parts)
 
     @torch.no_grad()

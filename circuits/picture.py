@@ -78,23 +78,25 @@ def stream_of(nodes, kept):
     return found
 
 
-def extremes(nodes, contexts, gates, kept, tokenizer):
+def extremes(nodes, contexts, gates, kept, activations, tokenizer):
     """'site.channel' of a query, key, value or neuron -> [[token, number], ...], the largest and smallest.
 
     The number is the mean of the node at the token; of a value, the sum of what attention takes of it.
     """
-    activations, found = nodes.activations(contexts, gates), {}
+    found = {}
     real = torch.arange(contexts.idx.size(1), device=nodes.device) <= contexts.last[:, None]
     for site in (s for s in kept if location_of(s) in ("attn_q", "attn_k", "attn_v", "mlp_neuron")):
         tokens = contexts.idx[real]
         if len(activations[site]) < len(tokens):
             tokens = contexts.last_tokens()[:, 0]
+        if location_of(site) == "attn_v":
+            attention = nodes.attention(contexts, gates, int(site.split(".")[0]))
         ids, which, times = tokens.unique(return_inverse=True, return_counts=True)
         for channel in kept[site]:
             x = activations[site][:, channel]
             if location_of(site) == "attn_v":
                 head = channel // nodes.model.config.d_head
-                x = x * nodes.attention(contexts, gates, int(site.split(".")[0]))[:, head][real]
+                x = x * attention[:, head][real]
             sums = x.new_zeros(len(ids)).index_add_(0, which, x)
             if location_of(site) != "attn_v":
                 sums = sums / times * (times >= 3)  # what is too rare says nothing
@@ -146,7 +148,7 @@ def describe(nodes, gates, contexts, tokenizer):
             "d_head": model.config.d_head, "answers": [spell(tokenizer, t) for t in pair],
             "answer_edges": [[site, c, i, unembedding[t, c].item()] for site in kept if site.endswith("_out")
                              for c in kept[site] for i, t in enumerate(pair) if unembedding[t, c] != 0],
-            "extremes": extremes(nodes, contexts, gates, kept, tokenizer),
+            "extremes": extremes(nodes, contexts, gates, kept, inside, tokenizer),
             "examples": examples_of(nodes, gates, contexts, kept, tokenizer)}
 
 

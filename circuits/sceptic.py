@@ -75,8 +75,6 @@ def random_like(nodes, gates, generator):
     return drawn
 
 
-
-
 def baselines(nodes, train, contexts):
     """Results without a circuit: name -> dict. What these solve is no task for one."""
     model, ones = nodes.model, torch.ones(nodes.number, device=nodes.device)
@@ -127,7 +125,7 @@ def interventions(nodes, gates, contexts):
     """
     d_head, found = nodes.model.config.d_head, []
     for name, channels in nodes.kept(gates).items():
-        location = name.split(".")[-1]
+        block, location = int(name.split(".")[0]), name.split(".")[-1]
         if location not in ("attn_q", "attn_k", "attn_v", "mlp_neuron"):
             continue
         groups = [[channel] for channel in channels]
@@ -135,6 +133,8 @@ def interventions(nodes, gates, contexts):
             heads = {c // d_head for c in channels}
             together = [[c for c in channels if c // d_head == head] for head in sorted(heads)]
             groups += [group for group in together if len(group) > 1]
+        if location in ("attn_q", "attn_k"):
+            untouched = nodes.attention(contexts, torch.ones_like(gates), block)
         for group in groups:
             record = {"site": name, "channels": group}
             for what, value in (("removed", 0.0), ("reversed", -1.0)):
@@ -145,8 +145,8 @@ def interventions(nodes, gates, contexts):
                     record[f"{what}_in_{where}"] = result(logits) | {"accuracy_of_each": [
                         result(logits[contexts.sides() == side])["accuracy"] for side in (1, -1)]}
                     if where == "whole" and location in ("attn_q", "attn_k"):
-                        looks = [nodes.attention(contexts, g, int(name.split(".")[0]))[:, group[0] // d_head]
-                                 for g in (before, after)]
+                        looks = [attention[:, group[0] // d_head] for attention in
+                                 (untouched, nodes.attention(contexts, after, block))]
                         top = looks[0].argmax(1, keepdim=True)
                         record["attention"], record[f"attention_{what}"] = (
                             look.gather(1, top).mean().item() for look in looks)

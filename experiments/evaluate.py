@@ -18,7 +18,7 @@ import torch
 
 from configurator import configure, fail
 from measures import kurtosis, sparsity_statistics
-from runs import load_checkpoint, load_data, model_of, this_process, windows
+from runs import load_run, this_process, windows
 
 out_dirs = "out"  # of training runs, by commas, all on the same data
 checkpoint = "ckpt.pt"  # or best.pt
@@ -29,19 +29,6 @@ dtype = "auto"
 COLUMNS = ("model", "updates", "prunable", "nonzero", "dead_neurons", "val_loss", "val_loss_se",
            "bits_per_byte", "kurtosis", "kurtosis_se")
 LARGEST_VOCABULARY = 2**13  # of which bigrams are counted: in a table of its square
-
-
-def load_run(out_dir, checkpoint):
-    """A run: its checkpoint (a dict) without the optimizer, the model, ready to be evaluated, the data."""
-    saved = load_checkpoint(os.path.join(out_dir, checkpoint))
-    del saved["optimizer"]  # twice the size of the model, and of no use here
-    model = model_of(saved).eval()
-    folder = os.path.join("data", saved["settings"]["dataset"])
-    data = load_data(folder, model.config.block_size)
-    if data.meta["tokenizer_sha256"] != saved["tokenizer_sha256"]:
-        fail(f"{folder} has another tokenizer than the model of {out_dir} was trained with: prepare that "
-             "data again")
-    return saved, model, data
 
 
 def standard_error(values):
