@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import sysconfig
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -66,10 +67,13 @@ def largest(bits, k):
     return mask
 
 
+WORKER = "weight_sparse"  # a worker's name begins with this
+
+
 def start_workers():
     """Threads for numpy, which keeps to the one it is called in. They do not survive a fork."""
     global workers
-    workers = ThreadPoolExecutor(torch.get_num_threads())
+    workers = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix=WORKER)
 
 
 start_workers()
@@ -86,7 +90,9 @@ def over_rows(f, x):
     share = -(-len(x) // torch.get_num_threads())
     size = max(least, min(share, most))
     slices = [slice(start, start + size) for start in range(0, len(x), size)]
-    list(workers.map(f, slices) if len(slices) > 1 else map(f, slices))
+    # a worker that waited for workers might wait for itself
+    alone = len(slices) == 1 or threading.current_thread().name.startswith(WORKER)
+    list(map(f, slices) if alone else workers.map(f, slices))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -165,7 +171,7 @@ def abs_topk(x, k):
 def keep_survivors_(tensors, score):
     """`model.keep_survivors_` on a CPU, and of float32 tensors on a GPU that Triton can compile for."""
     if all(p.is_cpu for p, *_ in tensors):
-        keep_survivors_on_cpu_(tensors, score)
+        list(workers.map(lambda tensor: keep_survivors_of_one_(*tensor, score), tensors))
     elif HAS_TRITON and all(p.is_cuda and p.dtype == torch.float32 for p, *_ in tensors):
         import kernels_triton
 
@@ -176,25 +182,17 @@ def keep_survivors_(tensors, score):
     return None
 
 
-def keep_survivors_on_cpu_(tensors, score):
-    """Scores are made in this thread, as `score` may want the workers itself; the rest is theirs."""
-    def keep(p, k, j, neuron_dim, scores):
-        bits = scores.view(SAME_SIZE_INT[scores.itemsize]).numpy()
-        if j:
-            neurons = torch.from_numpy(bits).transpose(0, neuron_dim).contiguous()  # numpy transposes slowly
-            bits = bits.copy()  # the scores may be anyone's
-            bits.swapaxes(0, neuron_dim)[largest(neurons.numpy(), j)] = np.iinfo(bits.dtype).max
-        weights = p.detach().view(SAME_SIZE_INT[p.itemsize]).numpy()
-        weights *= largest(bits.reshape(1, -1), k).reshape(bits.shape)
-        torch.autograd.graph.increment_version(p)  # as PyTorch's own in-place operators do
-
-    pending = []
-    for tensor in tensors:
-        if len(pending) > workers._max_workers:  # so that few scores are alive at a time
-            pending.pop(0).result()
-        pending.append(workers.submit(keep, *tensor, score(tensor[0])))
-    for future in pending:
-        future.result()
+@torch.no_grad()  # which a thread does not inherit
+def keep_survivors_of_one_(p, k, j, neuron_dim, score):
+    scores = score(p)
+    bits = scores.view(SAME_SIZE_INT[scores.itemsize]).numpy()
+    if j:
+        neurons = torch.from_numpy(bits).transpose(0, neuron_dim).contiguous()  # numpy transposes slowly
+        bits = bits.copy()  # the scores may be anyone's
+        bits.swapaxes(0, neuron_dim)[largest(neurons.numpy(), j)] = np.iinfo(bits.dtype).max
+    weights = p.detach().view(SAME_SIZE_INT[p.itemsize]).numpy()
+    weights *= largest(bits.reshape(1, -1), k).reshape(bits.shape)
+    torch.autograd.graph.increment_version(p)  # as PyTorch's own in-place operators do
 
 
 # ----------------------------------------------------------------------------------------------------------
