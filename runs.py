@@ -46,11 +46,15 @@ class Process:
         return torch.autocast(self.device.type, dtype=self.dtype) if lower else nullcontext()
 
     def sum(self, *values):
-        """Sum each of `values`, numbers, over all ranks: every rank gets the same list of floats."""
-        values = torch.tensor(values, dtype=torch.float64, device=self.device)
+        """Sum each of `values`, numbers or tensors (), over all ranks: a float64 tensor (len(values)).
+
+        Nothing waits for the device until it is read.
+        """
+        values = torch.stack([torch.as_tensor(v, dtype=torch.float64).to(self.device, non_blocking=True)
+                              for v in values])
         if self.world_size > 1:
             dist.all_reduce(values)
-        return values.tolist()
+        return values
 
 
 def this_process(device="auto", dtype="auto"):

@@ -12,6 +12,7 @@ loop needs. What a run stands on is in runs.py, what is measured of it in measur
 import math
 import os
 import time
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import fields
 
@@ -270,6 +271,23 @@ def announce(model, process):
           f"{process.world_size} x {process.device.type}, {process.dtype}", flush=True)
 
 
+def read(unread, at_once, process, scaler):
+    """Mean loss and RMS of the last update read, and whether to stop; ends the run if they are no numbers.
+
+    Reading waits for the device. So the newest is left unread while the next step begins, unless it is
+    needed `at_once`: to be logged, or because the model may be saved next.
+    """
+    loss = rms = stopping = 0.0
+    while len(unread) > (0 if at_once or stopping else 1):
+        step, numbers = unread.popleft()
+        loss, rms, stopping = numbers.tolist()
+        loss, rms = loss / process.world_size, rms / process.world_size
+        overflow = not math.isfinite(rms) and scaler.is_enabled()  # of float16: Adam was skipped
+        if not math.isfinite(loss) or not (math.isfinite(rms) or overflow):
+            stop(f"at step {step} the loss is {loss} and the gradients' RMS {rms}", out_dir)
+    return loss, rms, stopping
+
+
 def train(process, data, model, optimizer, scaler, step, best):
     """Make the updates from `step` on, with all that goes on around them. best: (L0, val loss) so far."""
     master = process.rank == 0
@@ -283,7 +301,7 @@ def train(process, data, model, optimizer, scaler, step, best):
     network = model
     if process.world_size > 1:
         network = DistributedDataParallel(model, [process.device] if process.device.type == "cuda" else None)
-    seconds, updates = 0.0, 0  # since they were last logged
+    seconds, updates, unread = 0.0, 0, deque()  # the first two since they were last logged
     if master:
         announce(model, process)
 
@@ -300,12 +318,10 @@ def train(process, data, model, optimizer, scaler, step, best):
         rms = update_(model, optimizer, scaler, step)
         # All ranks come here: what needs them all is summed in this one message. With the stop signal as a
         # number in it, they stop after the same step.
-        loss, rms, stopping = process.sum(loss.item() / process.world_size, rms.item() / process.world_size,
-                                          float(stop_signal.received is not None))
+        unread.append((step, process.sum(loss, rms, float(stop_signal.received is not None))))
+        at_once = due(step, log_every_n_steps) or (step + 1) % eval_interval == 0 or step + 1 == max_iters
+        loss, rms, stopping = read(unread, at_once, process, scaler)
         seconds, updates = seconds + time.perf_counter() - begun, updates + 1
-        overflow = not math.isfinite(rms) and scaler.is_enabled()  # of float16: Adam was skipped
-        if not math.isfinite(loss) or not (math.isfinite(rms) or overflow):
-            stop(f"at step {step} the loss is {loss} and the gradients' RMS {rms}", out_dir)
 
         if master:
             record |= record_of_update(model, step, loss, rms, seconds / updates)
