@@ -170,7 +170,8 @@ def keep_survivors_(tensors, score):
     """`model.keep_survivors_` on a CPU, and of float32 tensors on a GPU that Triton can compile for."""
     if all(p.is_cpu for p, *_ in tensors):
         list(workers.map(lambda tensor: keep_survivors_of_one_(*tensor, score), tensors))
-    elif all(for_triton(p) and p.dtype == torch.float32 and p.is_contiguous() for p, *_ in tensors):
+    elif for_triton(tensors[0][0]) and all(p.dtype == torch.float32 and p.is_contiguous()
+                                           and p.device == tensors[0][0].device for p, *_ in tensors):
         kernels_triton.keep_survivors_(tensors, score)
     else:
         return NotImplemented
@@ -179,11 +180,11 @@ def keep_survivors_(tensors, score):
 
 @torch.no_grad()  # which a thread does not inherit
 def keep_survivors_of_one_(p, k, j, neuron_dim, score):
-    scores = score(p)
+    scores = score(p).detach()
     bits = scores.view(SAME_SIZE_INT[scores.itemsize]).numpy()
+    bits = bits & np.iinfo(bits.dtype).max  # without the sign: a copy, as the scores may be anyone's
     if j:
         neurons = torch.from_numpy(bits).transpose(0, neuron_dim).contiguous()  # numpy transposes slowly
-        bits = bits.copy()  # the scores may be anyone's
         bits.swapaxes(0, neuron_dim)[largest(neurons.numpy(), j)] = np.iinfo(bits.dtype).max
     weights = p.detach().view(SAME_SIZE_INT[p.itemsize]).numpy()
     weights *= largest(bits.reshape(1, -1), k).reshape(bits.shape)

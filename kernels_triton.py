@@ -6,6 +6,7 @@ result on the CPU. kernels.py imports this where there is Triton.
 """
 import math
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -22,9 +23,12 @@ def as_key(number, WIDE: tl.constexpr):
 
 
 @triton.jit
-def search(keys, k, low, high, count, guess, next_guess, WIDE: tl.constexpr):
+def search(keys, k, low, high, count, guess, higher, lower, WIDE: tl.constexpr):
     """The largest number from `low` to below `high` that at least k of the keys reach, and how many do; or
-    the first one found that exactly k reach. `count` of them reach low, fewer than k reach high."""
+    the first one found that exactly k reach. `count` of them reach low, fewer than k reach high.
+
+    `guess` is tried first, then `higher` or `lower`, then what the counts suggest.
+    """
     count_high = 0
     passes, same_side, was_low = 0, 0, False
     while (high - low > 1) & (count > k):
@@ -37,8 +41,9 @@ def search(keys, k, low, high, count, guess, next_guess, WIDE: tl.constexpr):
         was_low = is_low
         # next in proportion to the counts, unless that moves only one end: then halfway
         part = (count - k).to(tl.float32) / (count - count_high).to(tl.float32)
-        part = tl.where(same_side < 2, part, 0.5)
-        guess = tl.where(passes == 0, next_guess, low + ((high - low).to(tl.float32) * part).to(low.dtype))
+        part = tl.where(same_side < 3, part, 0.5)
+        guess = low + ((high - low).to(tl.float32) * part).to(low.dtype)
+        guess = tl.where(passes == 0, tl.where(is_low, higher, lower), guess)
         passes += 1
     return low, count
 
@@ -68,17 +73,18 @@ def keep_largest_kernel(x, kept, bits, row_stride, n: tl.constexpr, k: tl.conste
 
     real = values.to(tl.float32)
     quantile = tl.sqrt(tl.sum(real * real, 0) / n) * Z
-    guess = ((0.96 * quantile).to(values.dtype).to(INT, bitcast=True).to(NUMBER) & MAGNITUDE) << SPARE
-    next_guess = ((1.04 * quantile).to(values.dtype).to(INT, bitcast=True).to(NUMBER) & MAGNITUDE) << SPARE
+    guess = (0.96 * quantile).to(values.dtype).to(INT, bitcast=True).to(NUMBER) & MAGNITUDE
+    higher = (1.04 * quantile).to(values.dtype).to(INT, bitcast=True).to(NUMBER) & MAGNITUDE
+    lower = (0.7 * quantile).to(values.dtype).to(INT, bitcast=True).to(NUMBER) & MAGNITUDE
     zero = guess - guess
-    kth, count = search(keys, k, zero, zero + (MAGNITUDE << SPARE), tl.sum(inside.to(tl.int32), 0), guess,
-                        next_guess, WIDE)
+    kth, count = search(keys, k, zero, zero + (MAGNITUDE << SPARE), tl.sum(inside.to(tl.int32), 0),
+                        guess << SPARE, higher << SPARE, lower << SPARE, WIDE)
     if count > k:  # equals: all that is larger, and of them the leftmost
         order = tl.where(keys == as_key(kth, WIDE), BLOCK - column, 0)
         order = tl.where(keys > as_key(kth, WIDE), BLOCK + 1, order)
         keys = as_key(order.to(NUMBER), WIDE)
-        kth, count = search(keys, k, zero + 1, zero + BLOCK + 1, count, zero + BLOCK // 2, zero + BLOCK // 4,
-                            WIDE)
+        kth, count = search(keys, k, zero + 1, zero + BLOCK + 1, count, zero + BLOCK // 2,
+                            zero + 3 * BLOCK // 4, zero + BLOCK // 4, WIDE)
     keep = keys >= as_key(kth, WIDE)
     tl.store(kept + row * n + column, tl.where(keep, values, 0), mask=inside)
     packed = tl.sum(tl.reshape(keep.to(tl.int32), [BLOCK // 8, 8]) << tl.arange(0, 8)[None, :], 1)
@@ -121,7 +127,7 @@ class KeepLargest(torch.autograd.Function):
         bits, = ctx.saved_tensors
         n = dy.size(-1)
         if torch.compiler.is_compiling():  # in operators that the compiler fuses with what is next to them
-            mask = (bits.int().unsqueeze(-1) >> torch.arange(8, device=dy.device)) & 1
+            mask = (bits.int().unsqueeze(-1) >> torch.arange(8, dtype=torch.int32, device=dy.device)) & 1
             return torch.where(mask.flatten(-2)[..., :n] != 0, dy, 0.0), None
         dy = dy.contiguous()
         dx, block = torch.empty_like(dy), power_of_2(n)
@@ -139,12 +145,12 @@ def warps(block):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# of whole matrices: the prune, of all of them at once. What is kept of one is its floor, the j largest of each
-# neuron, and of the rest the largest until there are k. One number orders it all, a key: the bits of a score
-# and below them, for the lower index first among equals, the index counted down. A key is the k-th if there
-# are k entries that reach it or are of the floor.
+# of whole matrices: the prune, of all of them at once. What is kept of one is its floor, the j largest of
+# each neuron, and of the rest the largest until there are k. One number orders it all, a key: the bits of a
+# score and below them, for the lower index first among equals, the index counted down. A key is the k-th if
+# there are k entries that reach it or are of the floor.
 #
-# Nine launches instead of hundreds, each over all tensors. A table, int64, has a row for each, of these fields:
+# Nine launches instead of hundreds, each over all tensors. A table, int64, has a row for each, of these:
 
 FIELDS = ("scores", "weights", "size", "k", "neurons", "floor_size", "candidates_size", "first_block",
           "first_row", "first_column_tile", "first_floor", "first_candidate")
@@ -153,7 +159,7 @@ WIDTH = tl.constexpr(len(FIELDS))
  FIRST_FLOOR, FIRST_CANDIDATE) = map(tl.constexpr, range(len(FIELDS)))
 BLOCK = tl.constexpr(4096)  # entries of a tensor that a program works on
 COLUMNS = 8  # of a matrix that a program works on: 32 bytes, the least that the memory gives
-SAMPLE = 16384  # entries of a tensor by which the k-th key is guessed, if it has more than four times as many
+SAMPLE = 16384  # entries of a tensor by which the k-th key is guessed, if it has more than four times that
 LARGEST = tl.constexpr(2**31 - 1)
 LAST_INDEX = tl.constexpr(2**32 - 1)
 
@@ -255,9 +261,8 @@ def bracket_kernel(table, floors, brackets, SAMPLE: tl.constexpr):
 
 
 @triton.jit
-def candidates_kernel(table, brackets, counts, places, candidates, ALIGN: tl.constexpr,
-                      TENSORS: tl.constexpr):
-    """Of a block, how many scores are above the bracket; and the keys of those within, appended to a list."""
+def candidates_kernel(table, brackets, counts, candidates, ALIGN: tl.constexpr, TENSORS: tl.constexpr):
+    """Of a block, how many scores are above the bracket, and the keys of those within, added to a list."""
     which, tensor, block = tensor_of(table, FIRST_BLOCK, TENSORS)
     start, index = block * BLOCK, tl.arange(0, BLOCK)
     inside = index < tl.multiple_of((tl.load(tensor + SIZE) - start).to(tl.int32), ALIGN)
@@ -265,8 +270,10 @@ def candidates_kernel(table, brackets, counts, places, candidates, ALIGN: tl.con
     low, high = tl.load(brackets + 2 * which), tl.load(brackets + 2 * which + 1)
     tl.atomic_add(counts + 2 * which, tl.sum((bits >= high).to(tl.int32), 0), sem="relaxed")
     within = (bits >= tl.maximum(low, 1)) & (bits < high)  # zeros stay zeros either way
-    place = tl.atomic_add(counts + 2 * which + 1, tl.sum(within.to(tl.int32), 0), sem="relaxed")
-    place += tl.atomic_add(places + tl.program_id(0) + index * 0, 1, mask=within, sem="relaxed")
+    fours = tl.reshape(within.to(tl.int32), [BLOCK // 4, 4])  # which a thread holds: a cumsum of few numbers
+    before = tl.cumsum(tl.sum(fours, 1), 0) - tl.sum(fours, 1)
+    place = tl.reshape(before[:, None] + tl.cumsum(fours, 1) - 1, [BLOCK])
+    place += tl.atomic_add(counts + 2 * which + 1, tl.sum(within.to(tl.int32), 0), sem="relaxed")
     fits = within & (place < tl.load(tensor + CANDIDATES_SIZE).to(tl.int32))
     tl.store(candidates + tl.load(tensor + FIRST_CANDIDATE) + place, key_of(bits, start + index), mask=fits)
 
@@ -324,22 +331,21 @@ def zero_kernel(table, kth, ALIGN: tl.constexpr, TENSORS: tl.constexpr):
 def restore_kernel(addresses, values, n, BLOCK: tl.constexpr):
     """The weights of the floors, some of which were zeroed."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    address = tl.load(addresses + index, mask=index < n)
-    tl.store(address.to(tl.pointer_type(tl.float32)), tl.load(values + index, mask=index < n), mask=index < n)
+    address, value = tl.load(addresses + index, mask=index < n), tl.load(values + index, mask=index < n)
+    tl.store(address.to(tl.pointer_type(tl.float32)), value, mask=index < n)
 
 
 def table_of(tensors, scores):
     """The table, and the sums of its last five fields, which count what comes before a tensor."""
-    rows, sums = [], [0] * 5
-    for (p, k, j, neuron_dim), s in zip(tensors, scores, strict=True):
-        size = p.numel()
-        neurons = p.size(neuron_dim) if j else 1
-        candidates = size if size <= 4 * SAMPLE else size // 16
-        rows.append([s.data_ptr(), p.data_ptr(), size, k, neurons, neurons * j, candidates, *sums])
-        own = (triton.cdiv(size, BLOCK.value), neurons * (j > 0 and neuron_dim == 0),
-               triton.cdiv(neurons, COLUMNS) * (j > 0 and neuron_dim == 1), neurons * j, candidates)
-        sums = [a + b for a, b in zip(sums, own)]
-    return torch.tensor(rows), sums
+    addresses = [[t.data_ptr() for t in some] for some in (scores, [p for p, *_ in tensors])]
+    size, k, j = (np.array(numbers) for numbers in zip(*((p.numel(), k, j) for p, k, j, _ in tensors)))
+    neurons = np.array([p.size(dim) if j else 1 for p, _, j, dim in tensors])
+    by_columns = np.array([dim == 1 for *_, dim in tensors])
+    candidates = np.where(size <= 4 * SAMPLE, size, size // 16)
+    own = np.stack([-(-size // BLOCK.value), neurons * ((j > 0) & ~by_columns),
+                    -(-neurons // COLUMNS) * ((j > 0) & by_columns), neurons * j, candidates])
+    table = np.stack([*addresses, size, k, neurons, neurons * j, candidates, *own.cumsum(1) - own], axis=1)
+    return torch.from_numpy(table), own.sum(1).tolist()
 
 
 def keep_survivors_(tensors, score):
@@ -348,7 +354,8 @@ def keep_survivors_(tensors, score):
     scores = [score(p).float().contiguous() for p, *_ in tensors]
     table, (blocks, rows, column_tiles, floor_size, candidates_size) = table_of(tensors, scores)
     table = (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
-    aligned = all(t.size(-1) % 4 == 0 and t.data_ptr() % 16 == 0 for t in (*scores, *(p for p, *_ in tensors)))
+    used = [*scores, *(p for p, *_ in tensors)]
+    aligned = all(t.size(-1) % 4 == 0 and t.data_ptr() % 16 == 0 for t in used)
     align = 4 if aligned else 1  # floats that are read at once
 
     def memory(*shape, dtype=torch.int64):
@@ -356,9 +363,7 @@ def keep_survivors_(tensors, score):
 
     floors, addresses = memory(2, floor_size)
     values, candidates, kth = memory(floor_size, dtype=torch.float32), memory(candidates_size), memory(count)
-    brackets = memory(2 * count, dtype=torch.int32)
-    counts, places = torch.zeros(2 * count + blocks, dtype=torch.int32, device=device).split(
-        [2 * count, blocks])
+    brackets, counts = torch.zeros(2, 2 * count, dtype=torch.int32, device=device)
 
     for by_columns, programs, neurons in ((False, rows, 1), (True, column_tiles, COLUMNS)):
         if programs:
@@ -367,10 +372,10 @@ def keep_survivors_(tensors, score):
                 table, floors, addresses, values, BY_COLUMNS=by_columns, NEURONS_HERE=neurons,
                 LENGTH=power_of_2(longest), ALIGN=align, TENSORS=count, num_warps=neurons)
     bracket_kernel[(count,)](table, floors, brackets, SAMPLE=SAMPLE, num_warps=16)
-    candidates_kernel[(blocks,)](table, brackets, counts, places, candidates, ALIGN=align, TENSORS=count)
+    candidates_kernel[(blocks,)](table, brackets, counts, candidates, ALIGN=align, TENSORS=count,
+                                 num_warps=8)
     kth_kernel[(count,)](table, floors, brackets, counts, candidates, kth, CHUNK=4096, num_warps=16)
     zero_kernel[(blocks,)](table, kth, ALIGN=align, TENSORS=count)
     if floor_size:
         restore_kernel[(triton.cdiv(floor_size, 1024),)](addresses, values, floor_size, BLOCK=1024)
-    for p, *_ in tensors:
-        torch.autograd.graph.increment_version(p)  # as PyTorch's own in-place operators do
+    torch.autograd.graph.increment_version([p for p, *_ in tensors])  # as PyTorch's own operators do
