@@ -31,7 +31,7 @@ from configurator import configure, fail
 
 # -----------------------------------------------------------------------------
 # settings
-dataset = "python_stdlib"  # or files, by path or glob (** recurses): .txt, .py, .jsonl, .parquet, also .gz;
+dataset = "python_stdlib"  # or files, by path or glob (** recurses): .txt .md .py .jsonl .parquet, or .gz;
 #                            or 'owner/name' on the Hugging Face hub, or a folder with a copy of one
 subset = ""                # Hugging Face only: the configuration, for datasets that have several
 split = "train"            # Hugging Face only: where the training documents come from
@@ -47,7 +47,7 @@ name = ""                  # of the folder; '' makes one from `dataset`
 data_dir = "data"          # where the folder goes
 # -----------------------------------------------------------------------------
 
-FORMATS = (".txt", ".py", ".jsonl", ".parquet")
+FORMATS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 OUTPUTS = ("train.bin", "val.bin", "tokenizer.json", "meta.json")
 
 
@@ -84,7 +84,7 @@ def file_format(path):
 
 def read_documents(source, skipped):
     """Yield the text of each document, always in the same order; count in `skipped` those of no use."""
-    paths = local_files()
+    paths, found = local_files(), False
     for document in read_hub(source) if paths is None else read_files(paths, skipped):
         try:
             data = document.encode() if isinstance(document, str) else document or b""
@@ -95,9 +95,13 @@ def read_documents(source, skipped):
             skipped["not text"] += 1
         else:
             if text and "\0" not in text:
+                found = True
                 yield text
             else:
                 skipped["binary" if text else "empty"] += 1
+    if not found:
+        where = f"dataset={dataset!r}" + (f", split {source!r}," if paths is None else "")
+        fail(f"{where} has no usable document, {summary(skipped)}; files: {', '.join(FORMATS)}")
 
 
 def read_hub(source):
@@ -202,11 +206,11 @@ def train_bpe():
     """Train a byte-level BPE of `vocab_size` tokens on the training text; <|endoftext|> is the last id."""
     import rustbpe
     print(f"training a tokenizer of {vocab_size:,} tokens", flush=True)
-    trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(training_sample(), vocab_size - 1)
+    trainer, skipped = rustbpe.Tokenizer(), Counter()
+    trainer.train_from_iterator(training_sample(skipped), vocab_size - 1)
     if trainer.vocab_size < vocab_size - 1:
-        fail(f"vocab_size={vocab_size} needs more training text: this gives {trainer.vocab_size + 1}; "
-             "lower --vocab_size, add text, or take --tokenizer=bytes")
+        fail(f"vocab_size={vocab_size} needs more training text: this gives {trainer.vocab_size + 1}, "
+             f"{summary(skipped)}; lower --vocab_size, add text, or take --tokenizer=bytes")
     # Two merges may spell the same bytes. tiktoken only knows the first; the id of the second stays unused.
     merges = sorted(trainer.get_mergeable_ranks(), key=lambda merge: merge[1], reverse=True)
     ranks = {bytes(token): i for token, i in merges}
@@ -214,12 +218,12 @@ def train_bpe():
                              special_tokens={"<|endoftext|>": vocab_size - 1})
 
 
-def training_sample():
+def training_sample(skipped):
     """Yield the first `bpe_sample_bytes` of the training text, in pieces that the trainer's regular
     expression can take: a very long run of spaces overflows its stack."""
     source, fraction = passes()[0]
     left = bpe_sample_bytes
-    for text in read_documents(source, skipped=Counter()):
+    for text in read_documents(source, skipped):
         data = text.encode()
         if not is_held_out(data, fraction):
             text = data[:left].decode(errors="ignore")
@@ -349,12 +353,9 @@ def build(folder):
     skipped = Counter()
     counts = write_bins(folder, encoding, skipped)
     train, val = counts["train"]["documents"], counts["val"]["documents"]
-    if not train and not val:
-        fail(f"dataset={dataset!r} has no usable document, {summary(skipped)}; files: {', '.join(FORMATS)}")
     if not train or not val:
-        remedy = (f"take another --{'val_split' if train else 'split'}" if val_split else
-                  f"{'raise' if train else 'lower'} --val_fraction, or cut the text into more documents")
-        fail(f"all {train + val} documents are in {'train' if train else 'val'}.bin, none is left: {remedy}")
+        fail(f"{train} documents are in train.bin and {val} in val.bin, {summary(skipped)}: "
+             f"{'raise' if train else 'lower'} --val_fraction, or cut the text into more documents")
     source = {key: globals()[key] for key in
               ("dataset", "subset", "split", "val_split", "val_fraction", "text_column", "max_tokens")}
     meta = {"vocab_size": encoding.n_vocab, "tokenizer": encoding.name, "tokenizer_sha256": digest, **counts,

@@ -217,11 +217,12 @@ def test_a_malformed_tokenizer_file_is_a_value_error(tmp_path, text):
 
 
 def test_local_files_of_every_format_are_read_in_order_of_their_paths(tmp_path):
-    """.txt and .py are documents, rows of .jsonl and .parquet are; each as .gz too, in nested folders."""
+    """Texts are documents, rows of .jsonl and .parquet are; each as .gz too, in nested folders."""
     import pyarrow.parquet
     deep = tmp_path / "a" / "b"
     deep.mkdir(parents=True)
-    names = ["a.txt", "b.py", "c.jsonl", "d.parquet", "e.txt.gz", "f.py.gz", "g.jsonl.gz", "h.parquet.gz"]
+    names = ["a.txt", "b.py", "c.jsonl", "d.parquet", "e.txt.gz", "f.py.gz", "g.jsonl.gz", "h.parquet.gz",
+             "i.md"]
     expected = []
     for i, name in enumerate(names):
         path = deep / name.removesuffix(".gz")
@@ -433,7 +434,9 @@ def bad_files(tmp):
     (tmp / "lines").mkdir()
     (tmp / "lines" / "a.txt").write_text("one\ntwo\n")
     (tmp / "one.txt").write_text("a single document")
-    (tmp / "table.csv").write_text("text\nhello\n")
+    (tmp / "table.xls").write_text("text\nhello\n")
+    (tmp / "latin.txt").write_bytes("é".encode("latin-1"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": [["a", "b"]]}), tmp / "list.parquet")
     write_jsonl(tmp / "nothing.jsonl", [{"text": ""}, {"text": "\0"}])
     write_jsonl(tmp / "other.jsonl", [{"body": "x", "id": 1}, {"text": "y"}])
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "id": [1]}), tmp / "other.parquet")
@@ -459,18 +462,21 @@ BAD_PREPARE = [  # what is wrong, the arguments ({tmp} holds the files above), w
     ("no text column in .parquet", ["--dataset={tmp}/other.parquet"], ["other.parquet", "'text'", "body"]),
     ("lines as documents", ["--dataset={tmp}/lines"], ["every line", "**/*.txt"]),
     ("splits of local files", ["--val_split=test"], ["Hugging Face"]),
-    ("unknown format", ["--dataset={tmp}/table.csv"], ["no usable document", "1 unknown format", ".jsonl"]),
+    *((f"{reason} with {tokenizer}", ["--dataset={tmp}/" + file, f"--tokenizer={tokenizer}"],
+       ["no usable document", f"1 {reason}", ".jsonl"]) for tokenizer in ("bytes", "bpe") for file, reason in
+      [("table.xls", "unknown format"), ("latin.txt", "not UTF-8"), ("list.parquet", "not text")]),
     ("nothing usable", ["--dataset={tmp}/nothing.jsonl"], ["no usable document", "1 binary, 1 empty"]),
     ("nothing to validate on", ["--dataset={tmp}/one.txt", "--val_fraction=0.001"],
      ["raise --val_fraction"]),
     ("nothing to train on", ["--dataset={tmp}/one.txt", "--val_fraction=0.999"], ["lower --val_fraction"]),
-    ("empty validation split", ["--dataset={tmp}/copy", "--val_split=test"], ["another --val_split"]),
+    ("empty validation split", ["--dataset={tmp}/copy", "--val_split=test"], ["split 'test'", "1 empty"]),
     ("val_fraction of 0", ["--val_fraction=0"], ["val_fraction=0.0", "between"]),
     ("val_fraction of 1", ["--val_fraction=1"], ["val_fraction=1.0", "between"]),
     ("negative max_tokens", ["--max_tokens=-1"], ["max_tokens=-1"]),
     ("vocabulary over uint16", ["--tokenizer=bpe", "--vocab_size=65537"], ["65537", "65536"]),
     ("vocabulary under the bytes", ["--tokenizer=bpe", "--vocab_size=256"], ["256", "257"]),
     ("text too small", ["--tokenizer=bpe", "--vocab_size=5000"], ["5000", "lower --vocab_size"]),
+    ("too little text of use", ["--dataset={tmp}/*.txt", "--tokenizer=bpe"], ["2048", "1 not UTF-8"]),
     ("unknown encoding", ["--tokenizer=gtp2"], ["gtp2", "'bpe'", "gpt2", "cl100k_base"]),
     ("no network for an encoding", ["--tokenizer=gpt2"], ["gpt2", "no network", "'bytes'"]),
     ("encoding over uint16", ["--tokenizer={tmp}/huge.json"], ["65537", "65536"]),
