@@ -11,6 +11,7 @@ the folder gets its name only once it is complete.
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -36,8 +37,9 @@ dataset = "python_stdlib"  # or files, by path or glob (** recurses): .txt .md .
 subset = ""                # Hugging Face only: the configuration, for datasets that have several
 split = "train"            # Hugging Face only: where the training documents come from
 val_split = ""             # Hugging Face only: where validation documents come from; '' for val_fraction
-val_fraction = 0.01        # of the documents; a document's own bytes decide, wherever it stands
-text_column = "text"       # of .jsonl, .parquet and Hugging Face; a .txt or .py file is one document
+val_fraction = 0.01        # of the documents; its own bytes decide. Of an only document: its last part
+text_column = "text"       # of .jsonl, .parquet and Hugging Face; any other file is one document,
+separator = "<|endoftext|>"  # or several, if it is a .txt with this between them; '' never splits
 max_tokens = 0             # stop after the document that completes this many training tokens; 0 takes all
 tokenizer = "bpe"          # 'bpe' trains one on the data, 'bytes' has a token per byte; or the name of a
 #                            tiktoken encoding, such as 'gpt2'; or the path of an earlier tokenizer.json
@@ -82,9 +84,28 @@ def file_format(path):
     return os.path.splitext(path.removesuffix(".gz"))[1].lower()
 
 
-def read_documents(source, skipped):
-    """Yield the text of each document, always in the same order; count in `skipped` those of no use."""
-    paths, found = local_files(), False
+def read_documents(source, fraction, skipped):
+    """Yield (text, held out?) of each document, always in the same order.
+
+    Of an only document the tail is held out. Those of no use are counted in `skipped`.
+    """
+    texts = read_texts(source, skipped)
+    first = list(itertools.islice(texts, 2))
+    if not first:
+        fail(f"dataset={dataset!r}, split {source!r}, has no usable document, {summary(skipped)}; "
+             f"files: {', '.join(FORMATS)}")
+    if len(first) == 1 and 0 < fraction < 1:
+        tail = max(1, int(fraction * len(first[0])))
+        yield first[0][-tail:], True  # before the rest, after which max_tokens may end all
+        yield first[0][:-tail], False
+    else:
+        for text in itertools.chain(first, texts):
+            yield text, is_held_out(text.encode(), fraction)
+
+
+def read_texts(source, skipped):
+    """Yield the texts that are of use; count in `skipped` those that are not."""
+    paths = local_files()
     for document in read_hub(source) if paths is None else read_files(paths, skipped):
         try:
             data = document.encode() if isinstance(document, str) else document or b""
@@ -95,13 +116,9 @@ def read_documents(source, skipped):
             skipped["not text"] += 1
         else:
             if text and "\0" not in text:
-                found = True
                 yield text
             else:
                 skipped["binary" if text else "empty"] += 1
-    if not found:
-        where = f"dataset={dataset!r}" + (f", split {source!r}," if paths is None else "")
-        fail(f"{where} has no usable document, {summary(skipped)}; files: {', '.join(FORMATS)}")
 
 
 def read_hub(source):
@@ -131,6 +148,9 @@ def read_files(paths, skipped):
                     yield from read_jsonl(f, path, skipped)
                 elif kind == ".parquet":
                     yield from read_parquet(f, path)
+                elif kind == ".txt" and separator:
+                    texts = f.read().split(separator.encode())
+                    yield from filter(None, map(bytes.strip, texts)) if len(texts) > 1 else texts
                 elif kind in FORMATS:
                     yield f.read()
                 else:
@@ -223,9 +243,9 @@ def training_sample(skipped):
     expression can take: a very long run of spaces overflows its stack."""
     source, fraction = passes()[0]
     left = bpe_sample_bytes
-    for text in read_documents(source, skipped):
-        data = text.encode()
-        if not is_held_out(data, fraction):
+    for text, held_out in read_documents(source, fraction, skipped):
+        if not held_out:
+            data = text.encode()
             text = data[:left].decode(errors="ignore")
             yield from (text[i:i + 50_000] for i in range(0, len(text), 50_000))
             left -= len(data)
@@ -269,26 +289,25 @@ def load_tokenizer(path):
 # -----------------------------------------------------------------------------
 # encoding
 
-def encode_documents(documents, encoding, fraction):
+def encode_documents(documents, encoding):
     """Yield (ids, number of bytes, held out?) of each document, in order, encoded by all cores just ahead.
 
     ids is a uint16 array that ends with <|endoftext|>, or None if the encoding's regular expression
     overflows its stack, as on a million spaces in a row. Text that spells <|endoftext|> is encoded like any
     other.
     """
-    def encode(text):
-        data = text.encode()
+    def encode(text, held_out):
         try:
             ids = encoding.encode_to_numpy(text, disallowed_special=())
             ids = np.append(ids, np.uint32(encoding.eot_token)).astype("<u2")
         except ValueError:
             ids = None
-        return ids, len(data), is_held_out(data, fraction)
+        return ids, len(text.encode()), held_out
 
     workers, ahead, characters_ahead = os.cpu_count(), deque(), 0
     with ThreadPoolExecutor(workers) as pool:
-        for text in documents:
-            ahead.append((pool.submit(encode, text), len(text)))
+        for text, held_out in documents:
+            ahead.append((pool.submit(encode, text, held_out), len(text)))
             characters_ahead += len(text)
             while characters_ahead > workers * 2**20:
                 future, size = ahead.popleft()
@@ -305,8 +324,8 @@ def write_bins(folder, encoding, skipped):
     live = sys.stdout.isatty()
     with open(f"{folder}/train.bin", "wb") as train, open(f"{folder}/val.bin", "wb") as val:
         for source, fraction in passes():
-            documents = read_documents(source, skipped)
-            for ids, size, held_out in encode_documents(documents, encoding, fraction):
+            documents = read_documents(source, fraction, skipped)
+            for ids, size, held_out in encode_documents(documents, encoding):
                 if ids is None:
                     skipped["not tokenizable"] += 1
                     continue
@@ -357,7 +376,8 @@ def build(folder):
         fail(f"{train} documents are in train.bin and {val} in val.bin, {summary(skipped)}: "
              f"{'raise' if train else 'lower'} --val_fraction, or cut the text into more documents")
     source = {key: globals()[key] for key in
-              ("dataset", "subset", "split", "val_split", "val_fraction", "text_column", "max_tokens")}
+              ("dataset", "subset", "split", "val_split", "val_fraction", "text_column", "separator",
+               "max_tokens")}
     meta = {"vocab_size": encoding.n_vocab, "tokenizer": encoding.name, "tokenizer_sha256": digest, **counts,
             "source": source, "skipped": skipped, "date": time.strftime("%Y-%m-%d")}
     with open(f"{folder}/meta.json", "w", encoding="utf-8") as f:

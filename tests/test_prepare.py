@@ -142,6 +142,29 @@ def test_meta_counts_what_is_in_the_bins(tmp_path):
     assert meta["tokenizer_sha256"] == digest
 
 
+def test_a_text_is_split_at_its_separator(tmp_path):
+    """A .txt with <|endoftext|> between its documents holds several; --separator names another, or none."""
+    path = tmp_path / "texts.txt"
+    path.write_text("\n<|endoftext|>\n".join(TEXTS) + "<|endoftext|>\n")
+    train, val = parts(run_prepare(tmp_path, f"--dataset={path}"))
+    assert sorted(train + val) == sorted(text.strip() for text in TEXTS) and train and val
+    train, val = parts(run_prepare(tmp_path, f"--dataset={path}", "--separator="))
+    assert train[0] + val[0] == path.read_text()
+    path.write_text("\n\n".join(TEXTS))
+    train, val = parts(run_prepare(tmp_path, f"--dataset={path}", "--separator=\n\n"))
+    assert sorted(train + val) == sorted(text.strip() for text in TEXTS)
+
+
+@pytest.mark.parametrize("flags", [["--tokenizer=bytes"], ["--tokenizer=bpe", "--vocab_size=270"],
+                                   ["--max_tokens=1"]], ids=str)
+def test_of_an_only_document_the_tail_is_held_out(tmp_path, flags):
+    """A single text is split into its beginning, which is trained on, and its last val_fraction."""
+    path = tmp_path / "one.txt"
+    path.write_text(text := "".join(TEXTS) + "é")
+    train, val = parts(run_prepare(tmp_path, f"--dataset={path}", "--val_fraction=0.1", *flags))
+    assert train == [text[:-len(val[0])]] and val == [text[-(len(text) // 10):]]
+
+
 def test_validation_documents_do_not_depend_on_order_and_are_not_trained_on(tmp_path):
     """The same documents, reversed and some of them twice, are split the same way."""
     train, val = parts(run_prepare(tmp_path / "a", f"--dataset={corpus(tmp_path)}"))
@@ -310,9 +333,9 @@ def test_a_long_stream_is_encoded_a_little_ahead():
     """The first documents come out long before the last go in: few are in memory at a time."""
     def documents():
         for i in range(2 * os.cpu_count()):
-            yield f"{i} " * 500_000
+            yield f"{i} " * 500_000, False
         raise AssertionError("too many documents were taken in before the first came out")
-    stream = prepare.encode_documents(documents(), byte_tokenizer(256), 0.5)
+    stream = prepare.encode_documents(documents(), byte_tokenizer(256))
     ids, size, _ = next(stream)
     assert size == len(ids) - 1 == 1_000_000
     stream.close()
@@ -433,7 +456,9 @@ def bad_files(tmp):
     corpus(tmp / "copy", [""], name="test.jsonl")
     (tmp / "lines").mkdir()
     (tmp / "lines" / "a.txt").write_text("one\ntwo\n")
-    (tmp / "one.txt").write_text("a single document")
+    (tmp / "few").mkdir()
+    for i in range(2):
+        (tmp / "few" / f"{i}.txt").write_text("one of two documents")
     (tmp / "table.xls").write_text("text\nhello\n")
     (tmp / "latin.txt").write_bytes("é".encode("latin-1"))
     pyarrow.parquet.write_table(pyarrow.table({"text": [["a", "b"]]}), tmp / "list.parquet")
@@ -466,9 +491,9 @@ BAD_PREPARE = [  # what is wrong, the arguments ({tmp} holds the files above), w
        ["no usable document", f"1 {reason}", ".jsonl"]) for tokenizer in ("bytes", "bpe") for file, reason in
       [("table.xls", "unknown format"), ("latin.txt", "not UTF-8"), ("list.parquet", "not text")]),
     ("nothing usable", ["--dataset={tmp}/nothing.jsonl"], ["no usable document", "1 binary, 1 empty"]),
-    ("nothing to validate on", ["--dataset={tmp}/one.txt", "--val_fraction=0.001"],
+    ("nothing to validate on", ["--dataset={tmp}/few/*", "--val_fraction=0.001"],
      ["raise --val_fraction"]),
-    ("nothing to train on", ["--dataset={tmp}/one.txt", "--val_fraction=0.999"], ["lower --val_fraction"]),
+    ("nothing to train on", ["--dataset={tmp}/few/*", "--val_fraction=0.999"], ["lower --val_fraction"]),
     ("empty validation split", ["--dataset={tmp}/copy", "--val_split=test"], ["split 'test'", "1 empty"]),
     ("val_fraction of 0", ["--val_fraction=0"], ["val_fraction=0.0", "between"]),
     ("val_fraction of 1", ["--val_fraction=1"], ["val_fraction=1.0", "between"]),
@@ -476,7 +501,7 @@ BAD_PREPARE = [  # what is wrong, the arguments ({tmp} holds the files above), w
     ("vocabulary over uint16", ["--tokenizer=bpe", "--vocab_size=65537"], ["65537", "65536"]),
     ("vocabulary under the bytes", ["--tokenizer=bpe", "--vocab_size=256"], ["256", "257"]),
     ("text too small", ["--tokenizer=bpe", "--vocab_size=5000"], ["5000", "lower --vocab_size"]),
-    ("too little text of use", ["--dataset={tmp}/*.txt", "--tokenizer=bpe"], ["2048", "1 not UTF-8"]),
+    ("too little text of use", ["--dataset={tmp}/**/*.txt", "--tokenizer=bpe"], ["2048", "1 not UTF-8"]),
     ("unknown encoding", ["--tokenizer=gtp2"], ["gtp2", "'bpe'", "gpt2", "cl100k_base"]),
     ("no network for an encoding", ["--tokenizer=gpt2"], ["gpt2", "no network", "'bytes'"]),
     ("encoding over uint16", ["--tokenizer={tmp}/huge.json"], ["65537", "65536"]),
