@@ -19,7 +19,6 @@ import re
 import shutil
 import sys
 import sysconfig
-import tempfile
 import time
 import zlib
 from collections import Counter, deque
@@ -180,14 +179,10 @@ def read_jsonl(f, path, skipped):
 def read_parquet(f, path):
     """Yield the text column, with one batch of rows in memory at a time."""
     import pyarrow.parquet
-    with tempfile.TemporaryFile() as unpacked:
-        if path.endswith(".gz"):  # Parquet is read from its end, so a compressed file is unpacked first
-            shutil.copyfileobj(f, unpacked)
-            f = unpacked
-        table = pyarrow.parquet.ParquetFile(f)
-        check_column(table.schema_arrow.names, path)
-        for rows in table.iter_batches(batch_size=1000, columns=[text_column]):
-            yield from rows.column(0).to_pylist()
+    table = pyarrow.parquet.ParquetFile(f)
+    check_column(table.schema_arrow.names, path)
+    for rows in table.iter_batches(batch_size=1000, columns=[text_column]):
+        yield from rows.column(0).to_pylist()
 
 
 def check_column(columns, where):
