@@ -138,24 +138,31 @@ def read_hub(source):
 
 
 def read_files(paths, skipped):
-    """Yield what the files hold: all bytes of a .txt or .py, the text column of each row of the others."""
+    """Yield the documents of all files; what was read of a file before it breaks off is kept."""
     for path in paths:
-        kind = file_format(path)
+        rows = 0
         try:
             with (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
-                if kind == ".jsonl":
-                    yield from read_jsonl(f, path, skipped)
-                elif kind == ".parquet":
-                    yield from read_parquet(f, path)
-                elif kind == ".txt" and separator:
-                    texts = f.read().split(separator.encode())
-                    yield from filter(None, map(bytes.strip, texts)) if len(texts) > 1 else texts
-                elif kind in FORMATS:
-                    yield f.read()
-                else:
-                    skipped["unknown format"] += 1
+                for rows, document in enumerate(read_file(f, path, skipped), start=1):
+                    yield document
         except (OSError, EOFError, zlib.error, ValueError, RuntimeError):  # no permission, or broken
-            skipped["unreadable"] += 1
+            skipped[f"unreadable after {rows:,} rows" if rows else "unreadable"] += 1
+
+
+def read_file(f, path, skipped):
+    """Yield what a file holds: the text column of rows of .jsonl and .parquet, all bytes of the others."""
+    kind = file_format(path)
+    if kind == ".jsonl":
+        yield from read_jsonl(f, path, skipped)
+    elif kind == ".parquet":
+        yield from read_parquet(f, path)
+    elif kind == ".txt" and separator:
+        texts = f.read().split(separator.encode())
+        yield from filter(None, map(bytes.strip, texts)) if len(texts) > 1 else texts
+    elif kind in FORMATS:
+        yield f.read()
+    else:
+        skipped["unknown format"] += 1
 
 
 def read_jsonl(f, path, skipped):
@@ -164,7 +171,7 @@ def read_jsonl(f, path, skipped):
     for line in filter(bytes.strip, f):
         try:
             row = dict(json.loads(line))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             skipped["broken line"] += 1
             continue
         if first:

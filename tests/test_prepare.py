@@ -317,16 +317,25 @@ def test_documents_that_cannot_be_used_are_skipped_and_counted(tmp_path, capsys)
     (folder / "cut.parquet").write_bytes(b"PAR1 and no more")
     (folder / "spaces.txt").write_bytes(b" " * 5_000_000)
     (folder / "picture.png").write_bytes(b"PNG")
-    write_jsonl(folder / "rows.jsonl", [{"text": None}, '{"text": "cut', "[1, 2]", {"text": 5},
+    write_jsonl(folder / "rows.jsonl", [{"text": None}, '{"text": "cut', "[1, 2]", {"text": 5}, "[" * 10**5,
                                         {"other": ""}, "", '{"text": "\\ud800"}', {"text": "good"}])
     prepare.save_tokenizer(byte_tokenizer(256, pattern=r"\s+(?!\S)|\s+|\S+"), tmp_path / "t.json")
     out = run_prepare(tmp_path, f"--dataset={folder}/*", f"--tokenizer={tmp_path}/t.json")
     train, val = parts(out)
     assert sorted(train + val) == sorted([*TEXTS, "good"])
     assert json.loads((out / "meta.json").read_text())["skipped"] == {
-        "empty": 2, "not UTF-8": 2, "binary": 1, "unreadable": 2, "unknown format": 1, "broken line": 2,
+        "empty": 2, "not UTF-8": 2, "binary": 1, "unreadable": 2, "unknown format": 1, "broken line": 3,
         "not text": 1, "no text column": 1, "not tokenizable": 1}
-    assert "13 skipped (1 binary, 2 broken line, 2 empty" in capsys.readouterr().out
+    assert "14 skipped (1 binary, 3 broken line, 2 empty" in capsys.readouterr().out
+
+
+def test_of_a_file_that_breaks_off_the_rows_before_are_kept_and_counted(tmp_path, capsys):
+    """A compressed file that was cut gives what could be read of it, and the last lines say how much."""
+    rows = "".join(json.dumps({"text": f"{i} {os.urandom(50).hex()}"}) + "\n" for i in range(4000))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(rows.encode())[:200_000])
+    train, val = parts(run_prepare(tmp_path, f"--dataset={tmp_path}/rows.jsonl.gz"))
+    assert len(train + val) > 1000
+    assert f"1 skipped (1 unreadable after {len(train + val):,} rows)" in capsys.readouterr().out
 
 
 def test_a_long_stream_is_encoded_a_little_ahead():
