@@ -14,6 +14,9 @@ import runpy
 import sys
 from fractions import Fraction
 
+# the settings of all scripts that may be a path: ~ is the home folder there
+PATHS = {"out_dir", "init_from", "data_dir", "dataset", "tokenizer", "task", "beside", "image"}
+
 
 def fail(message):
     """End the script as user errors do: one line on stderr (under torchrun one per node), exit status 2."""
@@ -94,4 +97,4 @@ def check(key, value, known, where=""):
         return float(value)
     if type(value) is not expected:
         fail(f"{key}={value!r}{where} has the wrong type: expected {expected.__name__}, like {known[key]!r}")
-    return value
+    return os.path.expanduser(value) if key in PATHS else value

@@ -62,7 +62,7 @@ def read_prompt(tokenizer, block_size):
     text = start
     if start.startswith("FILE:"):
         try:
-            with open(start[len("FILE:"):], encoding="utf-8") as f:
+            with open(os.path.expanduser(start[len("FILE:"):]), encoding="utf-8-sig") as f:
                 text = f.read()
         except (OSError, UnicodeDecodeError) as e:
             fail(f"cannot read the prompt {start[len('FILE:'):]} ({e}): give the path of a UTF-8 text")

@@ -66,6 +66,16 @@ def test_a_flag_is_read_as_its_settings_type(argument, expected):
     assert repr(configured(argument)) == repr(expected)
 
 
+def test_a_path_may_begin_with_the_home_folder(monkeypatch, config_file):
+    """In a flag and in a file ~ becomes the home folder; in a setting that is no path it stays."""
+    monkeypatch.setenv("HOME", "/home/me")
+    for value in ("~", "~/c/*.txt"):
+        settings, path = {"out_dir": "out", "dataset": "x", "start": ""}, config_file(f"out_dir = {value!r}")
+        configure(settings, [str(path), f"--dataset={value}", f"--start={value}"])
+        expected = value.replace("~", "/home/me")
+        assert settings == {"out_dir": expected, "dataset": expected, "start": value}
+
+
 def test_files_and_flags_apply_in_the_order_given(config_file):
     """The last one wins, be it file or flag; a flag alone needs no file."""
     a = config_file("d_model = 1\nstart = 'a'\n", "a.py")
