@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -128,7 +129,8 @@ def read_hub(source):
     try:
         rows = datasets.load_dataset(dataset, subset or None, split=source, streaming=True)
         if os.path.isdir(dataset) and rows.info.builder_name == "text":
-            fail(f"every line in {dataset} would become a document: write --dataset='{dataset}/**/*.txt'")
+            pattern = shlex.quote(os.path.join(dataset, "**/*.txt"))
+            fail(f"every line in {dataset} would become a document: write --dataset={pattern}")
         for row in rows:
             check_column(row, dataset)
             yield row[text_column]
@@ -423,9 +425,11 @@ def main(argv=None):
     configure(globals(), argv)
     start = time.time()
     folder = name or re.sub(r"[^\w-]+", "_", dataset).strip("_")
-    parent = data_dir or "."
-    target, new, old = (os.path.join(parent, entry) for entry in
-                        (folder, f".{folder}.new-{os.getpid()}", f".{folder}.old-{os.getpid()}"))
+    target = os.path.join(data_dir or ".", folder)
+    if os.path.islink(target):  # to a larger disk, perhaps: all is written there
+        target = os.path.realpath(target)
+    parent, entry = os.path.split(target)
+    new, old = (os.path.join(parent, f".{entry}.{kind}-{os.getpid()}") for kind in ("new", "old"))
     try:
         check_settings(folder, target)
         os.makedirs(parent, exist_ok=True)
@@ -451,8 +455,8 @@ def main(argv=None):
           f"{val['tokens']:,} validation tokens in {val['documents']:,}; {summary(meta['skipped'])}")
     print(f"vocabulary {meta['vocab_size']:,} ({meta['tokenizer']}), {bytes_per_token:.2f} bytes per token, "
           f"{time.time() - start:.1f} s")
-    place = folder if parent == "data" else os.path.abspath(target)
-    print(f"next: python train.py config/quickstart.py --dataset={place}")
+    place = folder if data_dir == "data" else os.path.abspath(target)
+    print("next:", shlex.join(["python", "train.py", "config/quickstart.py", f"--dataset={place}"]))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -406,6 +407,18 @@ def test_a_run_killed_while_replacing_the_folder_loses_nothing(tmp_path):
     assert tree(data) == before
 
 
+def test_a_link_is_written_through(tmp_path):
+    """data/NAME may be a link to another disk, empty at first: the folder is made and replaced there."""
+    path, data, disk = corpus(tmp_path), tmp_path / "data", tmp_path / "disk"
+    data.mkdir()
+    (data / "d").symlink_to(disk / "big")
+    for flags in ([], ["--max_tokens=50"]):
+        run_prepare(data, f"--dataset={path}", *flags)
+        assert os.readlink(data / "d") == str(disk / "big")
+        assert os.listdir(data) == ["d"] and os.listdir(disk) == ["big"]
+        assert set(os.listdir(disk / "big")) == set(prepare.OUTPUTS)
+
+
 def run_script(*arguments, **options):
     """Run prepare.py as a user would, and return the finished process."""
     return subprocess.run([sys.executable, "prepare.py", *arguments], cwd=Path(prepare.__file__).parent,
@@ -448,13 +461,15 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, capsys):
 
 def test_as_a_script_it_reports_and_names_the_next_command(tmp_path):
     """The last lines tell where the data is, its size, the vocabulary, bytes per token, what to do next."""
-    result = run_script(f"--dataset={corpus(tmp_path)}", f"--data_dir={tmp_path}/data", "--tokenizer=bytes",
-                        "--val_fraction=0.5", "--name=d")
+    result = run_script(f"--dataset={corpus(tmp_path)}", f"--data_dir={tmp_path}/my data",
+                        "--tokenizer=bytes", "--val_fraction=0.5", "--name=d")
     assert (result.returncode, result.stderr) == (0, "")
-    for words in (f"{tmp_path}/data/d: ", " training tokens in ", " validation tokens in ", "0 skipped",
+    for words in (f"{tmp_path}/my data/d: ", " training tokens in ", " validation tokens in ", "0 skipped",
                   "vocabulary 257", " bytes per token",
-                  f"next: python train.py config/quickstart.py --dataset={tmp_path}/data/d\n"):
+                  "next: "):
         assert words in result.stdout
+    command = shlex.split(result.stdout.splitlines()[-1].removeprefix("next: "))
+    assert command == ["python", "train.py", "config/quickstart.py", f"--dataset={tmp_path}/my data/d"]
 
 
 def bad_files(tmp):
