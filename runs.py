@@ -253,10 +253,11 @@ def load_checkpoint(path):
 
 
 def model_of(checkpoint):
-    """The model that a checkpoint holds."""
+    """The model that a checkpoint holds; like a released one it has the `tokenizer_sha256` of its data."""
     try:
         model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
+        model.tokenizer_sha256 = checkpoint["tokenizer_sha256"]
     except (RuntimeError, TypeError, ValueError) as e:
         reason = " ".join(str(e).split())
         fail(f"the checkpoint does not fit model.py, use the code that wrote it: {reason}")
@@ -276,12 +277,17 @@ def load_run(out_dir, name):
     return checkpoint, model, data
 
 
-def load_released(folder):
-    """A model in the format of github.com/openai/circuit_sparsity."""
+def load_start(init_from):
+    """The model in an out_dir, a checkpoint or a released model's folder; the path of its tokenizer.json."""
+    path = init_from if os.path.isfile(init_from) else os.path.join(init_from, "ckpt.pt")
+    tokenizer = os.path.join(os.path.dirname(path), "tokenizer.json")
+    if os.path.isfile(path):
+        return model_of(load_checkpoint(path)), tokenizer
     try:
-        return released.read(folder)
+        return released.read(init_from), tokenizer
     except (OSError, ValueError) as e:
-        fail(f"init_from={folder} must be 'scratch', 'resume' or the folder of a released model: {e}")
+        fail(f"init_from={init_from} must be 'scratch', 'resume', an out_dir with a ckpt.pt, a checkpoint "
+             f"or the folder of a released model: {e}")
 
 
 # ----------------------------------------------------------------------------------------------------------

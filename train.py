@@ -38,7 +38,7 @@ from runs import (
     compile_blocks,
     load_checkpoint,
     load_data,
-    load_released,
+    load_start,
     model_of,
     resume_command,
     save_checkpoint,
@@ -92,7 +92,8 @@ max_iters = 10000  # updates
 seed = 1337  # of the weights and of the order of the data
 # evaluation, checkpoints, logs
 out_dir = "out"  # ckpt.pt, best.pt, log.jsonl and tokenizer.json are written here
-init_from = "scratch"  # or 'resume' (out_dir's run goes on), or the folder of a released model
+init_from = "scratch"  # or 'resume': out_dir's run goes on; or an out_dir, a checkpoint or the folder of a
+#                        released model, with whose weights a new run begins
 eval_interval = 250  # updates between evaluations, with a checkpoint at each
 eval_iters = 20  # micro-batches of each split in an evaluation
 log_every_n_steps = 1  # loss, rates, activation statistics
@@ -376,12 +377,12 @@ def build_model(model, vocab_size, given):
     return model
 
 
-def check_tokenizer(model, data):
-    """End the script if a model that `released.read` brought has another tokenizer than the data."""
-    needed, same = model.tokenizer_name, model.tokenizer_name == data.meta["tokenizer"]
-    if model.tokenizer_sha256:  # the tokenizer itself is at hand: compare it, not its name
-        needed = os.path.join(init_from, "tokenizer.json")
-        same = model.tokenizer_sha256 == data.meta["tokenizer_sha256"]
+def check_tokenizer(model, path, data):
+    """End the script if the data has another tokenizer than the model to go on with, whose is at `path`."""
+    if model.tokenizer_sha256:
+        needed, same = path, model.tokenizer_sha256 == data.meta["tokenizer_sha256"]
+    else:  # a released model, which came without it
+        needed, same = model.tokenizer_name, model.tokenizer_name == data.meta["tokenizer"]
     if not same:
         fail(f"data/{dataset} was made with --tokenizer={data.meta['tokenizer']}, but the model needs "
              f"{needed}: prepare the data with it")
@@ -392,10 +393,11 @@ def main():
     checkpoint, model, adopted = None, None, {}
     if init_from == "resume":  # with the settings of the run, but for those that are given now
         checkpoint = load_checkpoint(os.path.join(out_dir, "ckpt.pt"))
+        model, tokenizer_path = model_of(checkpoint), os.path.join(out_dir, "tokenizer.json")
         known = settings_of(globals()).keys() - {"out_dir", "init_from"}
         adopted = {k: v for k, v in checkpoint["settings"].items() if k in known}
     elif init_from != "scratch":
-        model = load_released(init_from)
+        model, tokenizer_path = load_start(init_from)
         adopted = {name: getattr(model.config, name) for name in MODEL_SETTINGS}
     changed = {k: globals()[k] for k in sorted(given & adopted.keys()) if globals()[k] != adopted[k]}
     globals().update(adopted | changed)  # the checkpoint's or the model's settings, then those given now
@@ -404,11 +406,7 @@ def main():
     data = load_data(os.path.join("data", dataset), block_size)
     torch.manual_seed(seed)  # for the weights
     if model:
-        check_tokenizer(model, data)
-    if checkpoint:
-        if checkpoint["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
-            fail(f"data/{dataset} has another tokenizer than the run's data had: choose that --dataset")
-        model = model_of(checkpoint)
+        check_tokenizer(model, tokenizer_path, data)
     model = build_model(model, data.meta["vocab_size"], given).to(process.device)
     optimizer = build_optimizer(model)
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)

@@ -28,6 +28,7 @@ from test_sparsity import (
     log,
     run,
     state,
+    weights,
 )
 
 
@@ -107,6 +108,20 @@ def test_a_checkpoint_sets_settings_only(trained, monkeypatch):
     call_before(monkeypatch, "update_", lambda *arguments: found.append(hasattr(train, "surprise")))
     assert run("train.py --init_from=resume") == 0
     assert found == [False] * 6 and callable(train.l0_at)
+
+
+@pytest.mark.parametrize("source", ["out/base", "out/base/best.pt"])
+def test_a_new_run_begins_with_the_weights_of_another(here, source):
+    """A dense run is made sparse in an out_dir of its own, from step 0 and with a fresh optimizer; the first
+    run keeps its bytes. The data may be other data, of the same tokenizer."""
+    assert run("train.py tiny.py --out_dir=out/base --target_l0_fraction=1 --max_iters=4") == 0
+    before, command = tree("out/base"), f"train.py tiny.py --init_from={source} --out_dir=out/sparse"
+    assert run(f"{command} --learning_rate=0 --max_iters=1 --target_l0_fraction=1") == 0
+    assert weights("out/sparse") == weights("out/base") and checkpoint(out_dir="out/sparse")["step"] == 1
+    assert run(command) == 0
+    assert log("out/sparse")[-1]["step"] == 12 and tree("out/base") == before
+    assert run(f"sample.py --init_from={source} --device=cpu --num_samples=1 --max_new_tokens=3") == 0
+    assert run(f"{command} --dataset=other") == run(f"{command} --n_layer=2") == 2
 
 
 def test_a_new_run_moves_an_old_one_aside(here):
