@@ -202,8 +202,8 @@ def start_out_dir(out_dir, tokenizer):
             while os.path.exists(aside := os.path.join(out_dir, f"previous-{n}")):
                 n += 1
             os.mkdir(aside)
-            for name in ("ckpt.pt", "best.pt", "log.jsonl", "tokenizer.json"):
-                if os.path.exists(os.path.join(out_dir, name)):
+            for name in os.listdir(out_dir):
+                if re.fullmatch(r"(ckpt|best|finished-\d+)\.pt|log\.jsonl|tokenizer\.json", name):
                     os.replace(os.path.join(out_dir, name), os.path.join(aside, name))
             print(f"{out_dir} held another run, which is now in {aside}")
         with open(os.path.join(out_dir, "tokenizer.json"), "w", encoding="utf-8") as f:
@@ -213,14 +213,18 @@ def start_out_dir(out_dir, tokenizer):
 
 
 def save_checkpoint(path, model, optimizer, scaler, **more):
-    """Write a checkpoint beside `path` and rename it into place: whatever happens, a whole one is there.
+    """Save what a run needs to go on.
 
     `more` is what `load_checkpoint` expects beside the states. The random state takes no room: all that is
     random in training is a function of the seed and the step.
     """
-    checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                  "scaler": scaler.state_dict(), "config": asdict(model.config),
-                  "torch": str(torch.__version__), **more}
+    write_checkpoint(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                            "scaler": scaler.state_dict(), "config": asdict(model.config),
+                            "torch": str(torch.__version__), **more})
+
+
+def write_checkpoint(path, checkpoint):
+    """Write it beside `path` and rename it into place: whatever happens, a whole one is there."""
     try:
         with open(path + ".tmp", "wb") as f:
             torch.save(checkpoint, f)
@@ -231,6 +235,16 @@ def save_checkpoint(path, model, optimizer, scaler, **more):
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
         fail(f"cannot write {path} ({e}); the one before it is whole: make room, then --init_from=resume")
+
+
+def keep_finished(out_dir, checkpoint, max_iters):
+    """Keep the model of a run that was complete and now goes on to `max_iters`; say so, in a few words."""
+    step = checkpoint["step"]
+    if step != checkpoint["settings"]["max_iters"] or step == max_iters:
+        return ""
+    path = os.path.join(out_dir, f"finished-{step}.pt")
+    write_checkpoint(path, checkpoint)
+    return f"; the finished model stays in {path}, and best.pt until a better one is as sparse"
 
 
 def load_checkpoint(path):

@@ -36,6 +36,7 @@ from runs import (
     check_ranks_agree,
     claim_out_dir,
     compile_blocks,
+    keep_finished,
     load_checkpoint,
     load_data,
     load_start,
@@ -388,6 +389,12 @@ def check_tokenizer(model, path, data):
              f"{needed}: prepare the data with it")
 
 
+def rates_after(step):
+    """Where the schedules stand after `step` updates, in words."""
+    last = max(step - 1, 0)
+    return f"L0 {l0_at(last):.4g}, lr {lr_at(last):.2e}"
+
+
 def main():
     given = configure(globals())
     checkpoint, model, adopted = None, None, {}
@@ -400,7 +407,9 @@ def main():
         model, tokenizer_path = load_start(init_from)
         adopted = {name: getattr(model.config, name) for name in MODEL_SETTINGS}
     changed = {k: globals()[k] for k in sorted(given & adopted.keys()) if globals()[k] != adopted[k]}
-    globals().update(adopted | changed)  # the checkpoint's or the model's settings, then those given now
+    globals().update(adopted)  # the checkpoint's or the model's settings, then those given now
+    before = rates_after(checkpoint["step"]) if checkpoint else ""
+    globals().update(changed)
     process = this_process(device, dtype)
     check_settings(process.world_size)
     data = load_data(os.path.join("data", dataset), block_size)
@@ -420,11 +429,12 @@ def main():
         step, best = checkpoint["step"], (checkpoint["best_l0"], checkpoint["best_val_loss"])
         if step > max_iters:
             fail(f"max_iters={max_iters} is less than the {step} updates that this run has made: raise it")
-        if process.rank == 0 and changed:
-            print("changed since the checkpoint:", ", ".join(f"{k}={v!r}" for k, v in changed.items()))
     with claim_out_dir(out_dir) if process.rank == 0 else nullcontext():
         if process.rank == 0 and not checkpoint:
             start_out_dir(out_dir, data.tokenizer)
+        elif process.rank == 0 and changed:
+            print("changed since the checkpoint:", ", ".join(f"{k}={v!r}" for k, v in changed.items()),
+                  f"({before} -> {rates_after(step)}){keep_finished(out_dir, checkpoint, max_iters)}")
         train(process, data, model, optimizer, scaler, step, best)
     if dist.is_initialized():
         dist.destroy_process_group()

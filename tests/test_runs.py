@@ -100,6 +100,23 @@ def test_resuming_a_finished_run_changes_nothing(here):
     assert state() == before
 
 
+def test_a_finished_run_that_goes_on_keeps_its_model(here, capsys):
+    """More steps on resume raise L0 and lr: one line says from where to where, and the model that was
+    finished stays, in a file of its own that a new run in the same out_dir moves aside with the others."""
+    assert run("train.py tiny.py") == 0
+    finished, best = state(), state("best.pt")
+    before = f"L0 {train.l0_at(11):.4g}, lr {train.lr_at(11):.2e}"
+    capsys.readouterr()
+    assert run("train.py --init_from=resume --max_iters=48 --eval_iters=3") == 0
+    [line] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("changed since")]
+    now = f"L0 {train.l0_at(11):.4g}, lr {train.lr_at(11):.2e}"
+    assert f"eval_iters=3, max_iters=48 ({before} -> {now})" in line and before != now
+    assert os.path.join("out", "finished-12.pt") in line and "best.pt" in line
+    assert state("finished-12.pt") == finished and state("best.pt") != best  # as L0 is as low again
+    assert run("train.py tiny.py --max_iters=4") == 0
+    assert os.path.exists("out/previous-1/finished-12.pt") and not os.path.exists("out/finished-12.pt")
+
+
 def test_a_checkpoint_sets_settings_only(trained, monkeypatch):
     """What a checkpoint names beside this script's settings replaces no function of it and is not added."""
     saved, found = checkpoint(), []
