@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
@@ -365,6 +365,18 @@ class Log:
 
 # ----------------------------------------------------------------------------------------------------------
 # how a run ends
+
+
+@contextmanager
+def memory_errors_explained():
+    """Decorates a main that may run out of memory, the CPU's or the GPU's: one line then says what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and not re.search("out of memory|can't allocate memory", str(e)):
+            raise
+        fail("out of memory: halve --batch_size, and double --gradient_accumulation_steps and --eval_iters to "
+             "keep the size of a step; or choose a smaller model")
 
 
 def stop(message, out_dir):

@@ -40,6 +40,7 @@ from runs import (
     load_checkpoint,
     load_data,
     load_start,
+    memory_errors_explained,
     model_of,
     resume_command,
     save_checkpoint,
@@ -342,7 +343,7 @@ def check_settings(world_size):
         ("beta1 beta2", lambda v: 0 <= v < 1, "must be at least 0 and less than 1"),
         ("target_l0_fraction", lambda v: 0 < v <= 1, "must be more than 0 and at most 1; 1 trains dense"),
         ("learning_rate eps weight_decay grad_clip_rms min_weights_per_neuron log_every_n_steps",
-         lambda v: 0 <= v < math.inf, "must not be negative"),
+         lambda v: 0 <= v < 1e18, "must be at least 0 and less than 1e18"),  # the largest float32 is 3e38
         ("seed", lambda v: 0 <= v < 2**63, "must not be negative, nor more than 63 bits"),
         ("log_gradients_every_n_steps log_weights_every_n_steps log_sparsity_every_n_steps",
          lambda v: v >= 0, "must not be negative; 0 never logs"),
@@ -395,6 +396,7 @@ def rates_after(step):
     return f"L0 {l0_at(last):.4g}, lr {lr_at(last):.2e}"
 
 
+@memory_errors_explained()
 def main():
     given = configure(globals())
     checkpoint, model, adopted = None, None, {}

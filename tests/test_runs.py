@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -275,6 +276,26 @@ def test_disk_full_during_the_log(here, capfd):
     assert checkpoint()["step"] == 4
 
 
+@pytest.mark.parametrize("allocate", [
+    lambda *_: torch.empty(2**56), lambda *_: np.empty(2**56),
+    lambda *_: torch.cuda.caching_allocator_alloc(2**56) if torch.cuda.is_available() else full_gpu()],
+    ids=["torch", "numpy", "gpu"])
+def test_out_of_memory(here, allocate, monkeypatch, capsys):
+    """A run for which the memory of CPU or GPU is too small ends with one line and status 2: what to halve
+    and what to double. Any other error stays what it is."""
+    call_before(monkeypatch, "gradients_of_step", allocate)
+    assert run("train.py tiny.py") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory") and "--batch_size" in line
+    call_before(monkeypatch, "gradients_of_step", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        run("train.py tiny.py")
+
+
+def full_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64 PiB.")
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient", "weights"])
 def test_a_number_that_is_none_stops_the_run(here, where, monkeypatch, capsys):
     """A loss or a gradient that is not finite, or weights that make the evaluation so, stop the run.
@@ -298,7 +319,7 @@ def test_a_number_that_is_none_stops_the_run(here, where, monkeypatch, capsys):
     assert tree("out")["ckpt.pt"] == before["ckpt.pt"] and tree("out")["best.pt"] == before["best.pt"]
 
 
-@pytest.mark.parametrize("flags", ["--learning_rate=1e30", "--learning_rate=1e20 --eval_interval=1"])
+@pytest.mark.parametrize("flags", ["--learning_rate=1e17", "--learning_rate=1e10 --eval_interval=1"])
 def test_a_run_that_explodes_keeps_a_finite_checkpoint(here, flags):
     """Whatever the learning rate does to the weights, the checkpoint that is left is finite."""
     run(f"train.py tiny.py {flags}")
