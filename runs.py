@@ -85,11 +85,19 @@ def this_process(device="auto", dtype="auto"):
     return Process(rank, world_size, device, legal[dtype])
 
 
+def can_compile(device):
+    """Whether torch.compile works: a compiler that is there may lack a header, or a place to write to."""
+    try:
+        return has_compiler(device.type) and bool(torch.compile(torch.exp)(torch.zeros(1, device=device)))
+    except Exception:  # noqa: BLE001  a compiler can fail in any way
+        return False
+
+
 def compile_blocks(model, process):
     """Compile the blocks, in place: they share one compilation, and the raw model stays what is saved."""
-    if not has_compiler(process.device.type):
+    if not can_compile(process.device):
         if process.rank == 0:
-            print("no compiler (gcc, g++) or no Python.h (python3-dev): running without torch.compile")
+            print("no working gcc and g++, or no Python.h (python3-dev): running without torch.compile")
         return
     torch._dynamo.config.optimize_ddp = False  # blocks are small enough for DDP
     for block in model.transformer.h:
@@ -373,10 +381,10 @@ def memory_errors_explained():
     try:
         yield
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and not re.search("out of memory|can't allocate memory", str(e)):
+        if not isinstance(e, MemoryError) and not re.search("out of memory|can't allocate", str(e)):
             raise
-        fail("out of memory: halve --batch_size, and double --gradient_accumulation_steps and --eval_iters to "
-             "keep the size of a step; or choose a smaller model")
+        fail("out of memory: halve --batch_size, and double --gradient_accumulation_steps and --eval_iters, "
+             "which keeps the size of a step; or choose a smaller model")
 
 
 def stop(message, out_dir):

@@ -252,6 +252,19 @@ def test_killed_inside_a_checkpoint(here, whole, moment, name, step):
     assert not [path for path in tree() if path.endswith(".tmp")]
 
 
+def test_a_compiler_that_does_not_work_is_no_compiler(here, monkeypatch):
+    """A compiler that is there and fails, here for want of a header, is found out at the start: the run says
+    so in one line and goes on without torch.compile."""
+    with open("g++", "w") as f:
+        f.write("#!/bin/sh\necho 'fatal error: omp.h: No such file or directory' >&2\nexit 1\n")
+    os.chmod("g++", 0o755)
+    monkeypatch.setenv("CXX", os.path.abspath("g++"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", os.path.abspath("cache"))
+    status, error = finish(launch("train.py tiny.py --compile=True"))
+    assert status == 0 and "Traceback" not in error, error
+    assert read("stdout.txt").count("running without torch.compile") == 1
+
+
 def test_a_second_sigint_aborts_at_once(here):
     """A first SIGINT waits for the step, which here takes ten minutes; a second one does not."""
     process = launch("train.py tiny.py", fault="""
