@@ -123,11 +123,11 @@ def read_texts(source, skipped):
 
 def read_hub(source):
     """Yield the text column of a Hugging Face dataset as it arrives; nothing of it is stored."""
-    import datasets
+    from datasets import load_dataset
     print(f"streaming {dataset}, split {source}", flush=True)
     logging.getLogger("huggingface_hub").setLevel("ERROR")  # our one line at the end, not one for each retry
     try:
-        rows = datasets.load_dataset(dataset, subset or None, split=source, streaming=True)
+        rows = load_dataset(dataset, subset or None, split=source, streaming=True)
         if os.path.isdir(dataset) and rows.info.builder_name == "text":
             pattern = shlex.quote(os.path.join(dataset, "**/*.txt"))
             fail(f"every line in {dataset} would become a document: write --dataset={pattern}")
@@ -228,9 +228,9 @@ def get_encoding():
 
 def train_bpe():
     """Train a byte-level BPE of `vocab_size` tokens on the training text; <|endoftext|> is the last id."""
-    import rustbpe
+    from rustbpe import Tokenizer
     print(f"training a tokenizer of {vocab_size:,} tokens", flush=True)
-    trainer, skipped = rustbpe.Tokenizer(), Counter()
+    trainer, skipped = Tokenizer(), Counter()
     trainer.train_from_iterator(training_sample(skipped), vocab_size - 1)
     if trainer.vocab_size < vocab_size - 1:
         fail(f"vocab_size={vocab_size} needs more training text: this gives {trainer.vocab_size + 1}, "

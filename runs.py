@@ -319,9 +319,9 @@ def load_start(init_from):
 class Log:
     """Where the records of a run go: the terminal, out_dir/log.jsonl and, if asked, wandb."""
 
-    def __init__(self, out_dir, start):
+    def __init__(self, out_dir, start, wandb_id=None):
         """Records from step `start` on will be made again: drop those that an interrupted run left."""
-        self.path, self.wandb = os.path.join(out_dir, "log.jsonl"), None
+        self.path, self.wandb, self.wandb_id = os.path.join(out_dir, "log.jsonl"), None, wandb_id
         try:
             kept = []
             if start and os.path.exists(self.path):
@@ -335,17 +335,19 @@ class Log:
             fail(f"cannot rewrite {self.path} ({e}): repair it or move it away")
 
     def start_wandb(self, project, name, settings):
-        """Send what is written from now on to wandb too. `name`, if empty, is the last part of out_dir."""
+        """Send what is written from now on to wandb too: to run `wandb_id`, if there is one, else to a new
+        one. `name`, if empty, is the last part of out_dir."""
         try:
-            import wandb
+            from wandb import Error, init  # not the package alone, which any folder named wandb would do for
         except ImportError:
             fail("wandb is not installed: pip install -r requirements.txt, or --wandb_log=False")
         folder = os.path.dirname(os.path.abspath(self.path))
         try:
-            self.wandb = wandb.init(project=project, name=name or os.path.basename(folder), dir=folder,
-                                    config=settings)
-        except wandb.Error as e:
+            self.wandb = init(project=project, name=name or os.path.basename(folder), dir=folder,
+                              config=settings, id=self.wandb_id, resume="allow" if self.wandb_id else None)
+        except Error as e:
             fail(f"wandb: {' '.join(str(e).split())} (or set WANDB_MODE=offline, or --wandb_log=False)")
+        self.wandb_id = self.wandb.id
 
     def write(self, record):
         """Write one record, a dict of numbers with their step."""

@@ -243,10 +243,10 @@ def record_of_update(model, step, loss, rms, seconds):
     return record
 
 
-def save(name, model, optimizer, scaler, step, best, data):
+def save(name, model, optimizer, scaler, step, best, data, log):
     save_checkpoint(os.path.join(out_dir, name), model, optimizer, scaler, settings=settings_of(globals()),
                     step=step, best_l0=best[0], best_val_loss=best[1],
-                    tokenizer_sha256=data.meta["tokenizer_sha256"])
+                    tokenizer_sha256=data.meta["tokenizer_sha256"], wandb_id=log.wandb_id)
 
 
 def evaluate_and_save(model, optimizer, scaler, data, process, step, best, log):
@@ -260,8 +260,8 @@ def evaluate_and_save(model, optimizer, scaler, data, process, step, best, log):
     if process.rank == 0:
         log.write({"step": step, **losses, "val/best_loss": best[1]})
         if better:
-            save("best.pt", model, optimizer, scaler, step, best, data)
-        save("ckpt.pt", model, optimizer, scaler, step, best, data)
+            save("best.pt", model, optimizer, scaler, step, best, data, log)
+        save("ckpt.pt", model, optimizer, scaler, step, best, data, log)
     return best
 
 
@@ -273,10 +273,13 @@ def announce(model, process):
           f"{process.world_size} x {process.device.type}, {process.dtype}", flush=True)
 
 
-def train(process, data, model, optimizer, scaler, step, best):
-    """Make the updates from `step` on, with all that goes on around them. best: (L0, val loss) so far."""
+def train(process, data, model, optimizer, scaler, step, best, wandb_id):
+    """Make the updates from `step` on, with all that goes on around them.
+
+    best: (L0, val loss) so far. wandb_id: of the run to go on with there, or None.
+    """
     master = process.rank == 0
-    log = Log(out_dir, step) if master else None
+    log = Log(out_dir, step, wandb_id) if master else None
     if master and wandb_log:
         log.start_wandb(wandb_project, wandb_run_name, settings_of(globals()))
     stop_signal = StopSignal()
@@ -321,7 +324,7 @@ def train(process, data, model, optimizer, scaler, step, best):
         if stopping:
             check_ranks_agree(model, process, step, out_dir)
             if master:
-                save("ckpt.pt", model, optimizer, scaler, step, best, data)
+                save("ckpt.pt", model, optimizer, scaler, step, best, data, log)
                 print(f"stopped before step {step}; go on with: {resume_command()}", flush=True)
             break
 
@@ -437,7 +440,8 @@ def main():
         elif process.rank == 0 and changed:
             print("changed since the checkpoint:", ", ".join(f"{k}={v!r}" for k, v in changed.items()),
                   f"({before} -> {rates_after(step)}){keep_finished(out_dir, checkpoint, max_iters)}")
-        train(process, data, model, optimizer, scaler, step, best)
+        wandb_id = checkpoint.get("wandb_id") if checkpoint else None
+        train(process, data, model, optimizer, scaler, step, best, wandb_id)
     if dist.is_initialized():
         dist.destroy_process_group()
 

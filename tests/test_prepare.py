@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -451,12 +452,15 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path / "data") == []
 
 
-def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, capsys):
-    """Without rustbpe the default tokenizer cannot be trained; the line says what to install."""
-    monkeypatch.setitem(sys.modules, "rustbpe", None)
+@pytest.mark.parametrize("package, dataset", [("rustbpe", ""), ("datasets", "owner/name")])
+@pytest.mark.parametrize("found", ["nothing", "a folder"])
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, capsys, package, dataset, found):
+    """The line says what to install. A folder of the package's name is an empty module, not the package."""
+    monkeypatch.setitem(sys.modules, package, types.ModuleType(package) if found == "a folder" else None)
     with pytest.raises(SystemExit):
-        run_prepare(tmp_path, f"--dataset={corpus(tmp_path)}", "--tokenizer=bpe")
-    assert capsys.readouterr().err == "error: rustbpe is not installed: pip install -r requirements.txt\n"
+        run_prepare(tmp_path, f"--dataset={dataset or corpus(tmp_path)}",
+                    f"--tokenizer={'bytes' if dataset else 'bpe'}")
+    assert capsys.readouterr().err == f"error: {package} is not installed: pip install -r requirements.txt\n"
 
 
 def test_as_a_script_it_reports_and_names_the_next_command(tmp_path):
