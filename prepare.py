@@ -8,6 +8,7 @@ The bins are raw little-endian uint16: one document after the other, each follow
 input gives the same bytes. Documents pass through as a stream, so memory does not grow with the corpus, and
 the folder gets its name only once it is complete.
 """
+import codecs
 import glob
 import gzip
 import hashlib
@@ -73,10 +74,11 @@ def local_files():
         paths = (os.path.join(folder, file) for folder, _, files in os.walk(root) for file in files)
         return sorted(path for path in paths  # in no site-packages, nor Debian's dist-packages
                       if path.endswith(".py") and "-packages" not in path[len(root):])
-    if os.path.isfile(dataset):
-        return [dataset]
+    if os.path.exists(dataset):
+        return [dataset] if os.path.isfile(dataset) else None
     if any(c in dataset for c in "*?[") or file_format(dataset) in FORMATS:
-        return sorted(filter(os.path.isfile, glob.glob(dataset, recursive=True)))
+        paths = glob.glob(dataset.replace("[", "[[]"), recursive=True) or glob.glob(dataset, recursive=True)
+        return sorted(filter(os.path.isfile, paths))  # a bracket was first taken as part of a name
     return None
 
 
@@ -158,11 +160,10 @@ def read_file(f, path, skipped):
         yield from read_jsonl(f, path, skipped)
     elif kind == ".parquet":
         yield from read_parquet(f, path)
-    elif kind == ".txt" and separator:
-        texts = f.read().split(separator.encode())
-        yield from filter(None, map(bytes.strip, texts)) if len(texts) > 1 else texts
     elif kind in FORMATS:
-        yield f.read()
+        text = f.read().removeprefix(codecs.BOM_UTF8)
+        texts = text.split(separator.encode()) if separator and kind == ".txt" else [text]
+        yield from filter(None, map(bytes.strip, texts)) if len(texts) > 1 else texts
     else:
         skipped["unknown format"] += 1
 

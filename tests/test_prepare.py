@@ -267,6 +267,27 @@ def test_local_files_of_every_format_are_read_in_order_of_their_paths(tmp_path):
     assert train == [t for t in expected if t not in val] and val == [t for t in expected if t not in train]
 
 
+@pytest.mark.parametrize("dataset", ["a [b]/x.txt", "a [b]/*.txt", "a ?b?/[x].txt", "**/x.txt"])
+def test_brackets_in_names(tmp_path, monkeypatch, dataset):
+    """A path with a bracket is first taken as it is, only then as a pattern."""
+    (tmp_path / "a [b]").mkdir()
+    (tmp_path / "a [b]" / "x.txt").write_text("<|endoftext|>".join(TEXTS))
+    monkeypatch.chdir(tmp_path)
+    train, val = parts(run_prepare(tmp_path, f"--dataset={dataset}"))
+    assert len(train + val) == len(TEXTS)
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.py", "x.txt.gz"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    """It may begin a file, and is left out; within a row it is a character like any other."""
+    text = "\ufeff" + "".join(TEXTS)
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    train, val = parts(run_prepare(tmp_path, f"--dataset={tmp_path}/{name}"))
+    assert train[0] + val[0] == text[1:]
+    train, val = parts(run_prepare(tmp_path, f"--dataset={corpus(tmp_path, [text])}"))
+    assert train[0] + val[0] == text
+
+
 def test_the_standard_library_is_the_default(tmp_path):
     """Without arguments the documents are the .py files of the running Python, not what was installed."""
     assert prepare.dataset == "python_stdlib"
