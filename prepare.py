@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import tiktoken
 
-from configurator import configure, fail
+from configurator import configure, fail, settings_of
 
 # -----------------------------------------------------------------------------
 # settings
@@ -52,6 +52,8 @@ data_dir = "data"          # where the folder goes
 
 FORMATS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 OUTPUTS = ("train.bin", "val.bin", "tokenizer.json", "meta.json")
+LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # which desktops leave in any folder
+PLUG_IN = "tinypython_2k is in the authors' package: pip install git+https://github.com/openai/circuit_sparsity"
 
 
 # -----------------------------------------------------------------------------
@@ -353,8 +355,13 @@ def check_settings(folder, target):
     """End the script if a setting makes no sense, or if `target` is not ours to replace."""
     if not re.fullmatch(r"[\w-][\w.-]*", folder):
         fail(f"{folder!r} is no name for a folder: give --name=, of letters, digits, '_', '-' and '.'")
-    if os.path.exists(target) and not (os.path.isdir(target) and set(os.listdir(target)) <= set(OUTPUTS)):
-        fail(f"{target} holds what prepare.py did not write: choose another --name")
+    foreign = sorted(set(os.listdir(target)) - {*OUTPUTS, *LITTER}) if os.path.exists(target) else []
+    if foreign:
+        fail(f"{target} holds {foreign[0]}, which prepare.py did not write: choose another --name")
+    if os.path.exists(f"{target}/meta.json") and not name:
+        with open(f"{target}/meta.json", encoding="utf-8", errors="replace") as f:
+            if f'"dataset": {json.dumps(dataset)}' not in f.read():
+                fail(f"{target} was not made of dataset={dataset!r}: choose a --name, or delete that folder")
     paths = local_files()
     if paths == []:
         fail(f"no file matches dataset={dataset!r}, seen from {os.getcwd()}")
@@ -380,11 +387,8 @@ def build(folder):
     if not train or not val:
         fail(f"{train} documents are in train.bin and {val} in val.bin, {summary(skipped)}: "
              f"{'raise' if train else 'lower'} --val_fraction, or cut the text into more documents")
-    source = {key: globals()[key] for key in
-              ("dataset", "subset", "split", "val_split", "val_fraction", "text_column", "separator",
-               "max_tokens")}
     meta = {"vocab_size": encoding.n_vocab, "tokenizer": encoding.name, "tokenizer_sha256": digest, **counts,
-            "source": source, "skipped": skipped, "date": time.strftime("%Y-%m-%d")}
+            "source": settings_of(globals()), "skipped": skipped, "date": time.strftime("%Y-%m-%d")}
     with open(f"{folder}/meta.json", "w", encoding="utf-8") as f:
         json.dump(meta, f, indent=1)
     return meta

@@ -441,6 +441,29 @@ def test_a_link_is_written_through(tmp_path):
         assert set(os.listdir(disk / "big")) == set(prepare.OUTPUTS)
 
 
+def test_what_desktops_leave_in_a_folder_is_not_in_the_way(tmp_path):
+    """A folder that prepare.py wrote, and a desktop was shown, may be replaced."""
+    for flags in ([], ["--max_tokens=50"]):
+        folder = run_prepare(tmp_path, f"--dataset={corpus(tmp_path)}", *flags)
+        assert set(os.listdir(folder)) == set(prepare.OUTPUTS)
+        (folder / ".DS_Store").touch()
+
+
+def test_two_datasets_do_not_share_a_folder_unasked(tmp_path, capsys):
+    """a/b.jsonl and a_b.jsonl make the same name: the second is refused until it is given one."""
+    first, second = corpus(tmp_path / "a", name="b.jsonl"), corpus(tmp_path, name="a_b.jsonl")
+    folder = run_prepare(tmp_path / "data", f"--dataset={first}", "--name=")
+    [folder] = (tmp_path / "data").iterdir()
+    before = tree(folder)
+    with pytest.raises(SystemExit):
+        run_prepare(tmp_path / "data", f"--dataset={second}", "--name=")
+    assert "--name" in capsys.readouterr().err and tree(folder) == before
+    run_prepare(tmp_path / "data", f"--dataset={first}", "--name=", "--max_tokens=50")
+    assert tree(folder) != before
+    run_prepare(tmp_path / "data", f"--dataset={second}", f"--name={folder.name}")
+    assert tree(folder)["train.bin"] == before["train.bin"]
+
+
 def run_script(*arguments, **options):
     """Run prepare.py as a user would, and return the finished process."""
     return subprocess.run([sys.executable, "prepare.py", *arguments], cwd=Path(prepare.__file__).parent,
@@ -560,7 +583,7 @@ BAD_PREPARE = [  # what is wrong, the arguments ({tmp} holds the files above), w
     ("another kind of .json", ["--tokenizer={tmp}/not.json"], ["not.json is not a tokenizer"]),
     ("data_dir is a file", ["--data_dir={tmp}/a_file"], ["cannot write", "a_file"]),
     ("data_dir cannot be made", ["--data_dir={tmp}/a_file/data"], ["cannot write", "a_file"]),
-    ("a folder of someone else's", ["--data_dir={tmp}/used"], ["used/d", "--name"]),
+    ("a folder of someone else's", ["--data_dir={tmp}/used"], ["used/d", "thesis.tex", "--name"]),
     ("a name outside data_dir", ["--name=../d"], ["'../d'", "--name"]),
     ("no name", ["--dataset=*", "--name="], ["--name"]),
     ("unknown setting", ["--vocabsize=300"], ["vocabsize", "vocab_size"]),
