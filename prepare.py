@@ -89,15 +89,11 @@ def file_format(path):
 
 
 def read_documents(source, fraction, skipped):
-    """Yield (text, held out?) of each document, always in the same order.
-
-    Of an only document the tail is held out. Those of no use are counted in `skipped`.
-    """
+    """Yield (text, held out?) of each document, always in the same order. The end of an only one is."""
     texts = read_texts(source, skipped)
     first = list(itertools.islice(texts, 2))
     if not first:
-        fail(f"dataset={dataset!r}, split {source!r}, has no usable document, {summary(skipped)}; "
-             f"files: {', '.join(FORMATS)}")
+        fail(f"no usable document in split {source!r} of {dataset!r}, {summary(skipped)}; files: {FORMATS}")
     if len(first) == 1 and 0 < fraction < 1:
         tail = max(1, int(fraction * len(first[0])))
         yield first[0][-tail:], True  # before the rest, after which max_tokens may end all
@@ -133,8 +129,7 @@ def read_hub(source):
     try:
         rows = load_dataset(dataset, subset or None, split=source, streaming=True)
         if os.path.isdir(dataset) and rows.info.builder_name == "text":
-            pattern = shlex.quote(os.path.join(dataset, "**/*.txt"))
-            fail(f"every line in {dataset} would become a document: write --dataset={pattern}")
+            fail("every line would become a document: write " + shlex.quote(f"--dataset={dataset}/**/*.txt"))
         for row in rows:
             check_column(row, dataset)
             yield row[text_column]
@@ -215,7 +210,7 @@ def get_encoding():
     known = tiktoken.list_encoding_names()
     if tokenizer not in known and not tokenizer.endswith(".json"):
         fail(f"tokenizer={tokenizer!r} does not exist: choose 'bpe', 'bytes', the path of a tokenizer.json, "
-             f"or a tiktoken encoding: {', '.join(known)}")
+             f"or a tiktoken encoding: {', '.join(known)}; {PLUG_IN}")
     try:
         encoding = tiktoken.get_encoding(tokenizer) if tokenizer in known else load_tokenizer(tokenizer)
     except Exception as e:  # noqa: BLE001 - what a failed download raises depends on the plug-in

@@ -12,7 +12,7 @@ import torch
 
 from configurator import configure, fail
 from kernels import use_sparse_linears_
-from prepare import load_tokenizer
+from prepare import PLUG_IN, load_tokenizer, one_line
 from runs import load_checkpoint, load_start, model_of, this_process
 
 out_dir = "out"  # of the training run
@@ -46,13 +46,15 @@ def load_model():
         model, path = load_start(init_from)
     try:
         if not model.tokenizer_sha256:  # a released model names a tiktoken encoding
+            if model.tokenizer_name not in tiktoken.list_encoding_names():
+                raise ValueError(f"{model.tokenizer_name} is no tiktoken encoding; {PLUG_IN}")
             return model, tiktoken.get_encoding(model.tokenizer_name)
         with open(path, "rb") as f:
             if hashlib.sha256(f.read()).hexdigest() != model.tokenizer_sha256:
                 raise ValueError(f"{path} is not the one that the model was trained with")
         return model, load_tokenizer(path)
     except (OSError, ValueError) as e:
-        fail(f"no tokenizer for the model ({e}): copy the tokenizer.json of the model's data to {path}")
+        fail(f"no tokenizer ({one_line(e)}): copy the tokenizer.json of the model's data to {path}")
 
 
 def read_prompt(tokenizer, block_size):

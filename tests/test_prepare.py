@@ -575,6 +575,7 @@ BAD_PREPARE = [  # what is wrong, the arguments ({tmp} holds the files above), w
     ("text too small", ["--tokenizer=bpe", "--vocab_size=5000"], ["5000", "lower --vocab_size"]),
     ("too little text of use", ["--dataset={tmp}/**/*.txt", "--tokenizer=bpe"], ["2048", "1 not UTF-8"]),
     ("unknown encoding", ["--tokenizer=gtp2"], ["gtp2", "'bpe'", "gpt2", "cl100k_base"]),
+    ("the released models' encoding", ["--tokenizer=tinypython_2k"], ["circuit_sparsity"]),
     ("no network for an encoding", ["--tokenizer=gpt2"], ["gpt2", "no network", "'bytes'"]),
     ("encoding over uint16", ["--tokenizer={tmp}/huge.json"], ["65537", "65536"]),
     ("encoding without an end", ["--tokenizer={tmp}/no_end.json"], ["<|endoftext|>"]),
