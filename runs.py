@@ -55,7 +55,8 @@ class Process:
 
 def this_process(device="auto", dtype="auto"):
     """Choose device and precision; under torchrun, join the other processes."""
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()  # all by torchrun
+    rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if launched else (0, 1)
     local_rank, here = os.environ.get("LOCAL_RANK", "0"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         fail(f"device={device!r} does not exist: choose auto, cpu, cuda or cuda:N")

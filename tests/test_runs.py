@@ -48,6 +48,12 @@ def test_importing_train_has_no_side_effects(tmp_path):
     assert (done.returncode, done.stdout, done.stderr, os.listdir(tmp_path)) == (0, b"", b"", [])
 
 
+def test_some_of_torchruns_variables_are_no_torchrun(here, monkeypatch):
+    """Schedulers leave such names in the environment: a run without torchrun is a single process."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert run("train.py tiny.py --max_iters=1") == 0
+
+
 # ----------------------------------------------------------------------------------------------------------
 # checkpoints
 
