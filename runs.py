@@ -1,8 +1,7 @@
 """What a run stands on: its process and device, the data, out_dir with its checkpoints and log, signals.
 
-train.py has the method and the loop, and hands in what is needed here; sample.py, circuit.py and the
-experiments open data and trained models by the same functions. What a user can mend ends the script with one
-line (`configurator.fail`).
+train.py has the method and the loop; sample.py, circuit.py and the experiments open data and trained models
+by the same functions. What a user can mend ends the script with one line (`configurator.fail`).
 """
 import fcntl
 import hashlib
@@ -35,7 +34,6 @@ from model import GPT, GPTConfig
 @dataclass
 class Process:
     """One of the processes of a run, which are all alike but for their rank."""
-
     rank: int
     world_size: int
     device: torch.device
@@ -126,7 +124,6 @@ def check_ranks_agree(model, process, step, out_dir):
 @dataclass
 class Data:
     """What prepare.py wrote to a folder. The tokens are memory-mapped, so a corpus may exceed the memory."""
-
     train: np.memmap
     val: np.memmap
     meta: dict
@@ -159,10 +156,9 @@ def load_data(folder, block_size):
     tokens = {}
     for split, expected in sizes.items():
         path = os.path.join(folder, f"{split}.bin")
-        size = os.path.getsize(path) if os.path.isfile(path) else -1
+        size = os.path.getsize(path) if os.path.isfile(path) else "no"
         if size != 2 * expected:
-            found = f"{size} bytes" if size >= 0 else "no such file"
-            fail(f"{path} should hold {expected} tokens in {2 * expected} bytes, but has {found}: {remedy}")
+            fail(f"{path} should hold {expected} tokens in {2 * expected} bytes, has {size} bytes: {remedy}")
         if expected <= block_size:
             fail(f"{path} holds {expected} tokens, fewer than one window of block_size={block_size}: "
                  "prepare more data, or train with a smaller --block_size")
@@ -222,11 +218,8 @@ def start_out_dir(out_dir, tokenizer):
 
 
 def save_checkpoint(path, model, optimizer, scaler, **more):
-    """Save what a run needs to go on.
-
-    `more` is what `load_checkpoint` expects beside the states. The random state takes no room: all that is
-    random in training is a function of the seed and the step.
-    """
+    """Save what a run needs to go on; `more` is what `load_checkpoint` expects beside the states. Nothing
+    random is: all that is random in training is a function of the seed and the step."""
     write_checkpoint(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                             "scaler": scaler.state_dict(), "config": asdict(model.config),
                             "torch": str(torch.__version__), **more})
@@ -248,10 +241,9 @@ def write_checkpoint(path, checkpoint):
 
 def keep_finished(out_dir, checkpoint, max_iters):
     """Keep the model of a run that was complete and now goes on to `max_iters`; say so, in a few words."""
-    step = checkpoint["step"]
-    if step != checkpoint["settings"]["max_iters"] or step == max_iters:
+    path = os.path.join(out_dir, f"finished-{checkpoint['step']}.pt")
+    if not checkpoint["step"] == checkpoint["settings"]["max_iters"] < max_iters:
         return ""
-    path = os.path.join(out_dir, f"finished-{step}.pt")
     write_checkpoint(path, checkpoint)
     return f"; the finished model stays in {path}, and best.pt until a better one is as sparse"
 
@@ -336,8 +328,7 @@ class Log:
             fail(f"cannot rewrite {self.path} ({e}): repair it or move it away")
 
     def start_wandb(self, project, name, settings):
-        """Send what is written from now on to wandb too: to run `wandb_id`, if there is one, else to a new
-        one. `name`, if empty, is the last part of out_dir."""
+        """Send what is written to wandb too, to a new run or to `wandb_id`; name '': out_dir's last part."""
         try:
             from wandb import Error, init  # not the package alone, which any folder named wandb would do for
         except ImportError:
@@ -359,6 +350,13 @@ class Log:
             fail(f"cannot write {self.path} ({e.strerror}): make room, then --init_from=resume")
         if self.wandb:
             self.wandb.log(record, step=record["step"])
+        try:
+            self.show(record)
+        except OSError:  # the terminal is gone, or the reader of a pipe: nobody is told, and the run stops
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    def show(self, record):
         line = f"step {record['step']:5d}"
         if "val/loss" in record:
             print(f"{line} | train loss {record['train/loss']:.4f} | val loss {record['val/loss']:.4f} | "
@@ -400,7 +398,7 @@ def stop(message, out_dir):
 
 
 class StopSignal:
-    """Notes SIGINT or SIGTERM, for the loop to see after the step. A second one ends the process at once.
+    """Notes a signal, for the loop to see after the step. A second SIGINT or SIGTERM ends all at once.
 
     A scheduler that signals all processes reaches those of torchrun twice, as torchrun passes its own signal
     on: there, a second one counts only if it comes seconds later.
@@ -408,12 +406,13 @@ class StopSignal:
 
     def __init__(self):
         self.received = None  # when
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+                signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         grace = 5 if "LOCAL_RANK" in os.environ else 0
-        if self.received and time.monotonic() - self.received >= grace:
+        if number != signal.SIGHUP and self.received and time.monotonic() - self.received >= grace:
             os._exit(128 + number)
         self.received = self.received or time.monotonic()
 
