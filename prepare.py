@@ -8,7 +8,6 @@ The bins are raw little-endian uint16: one document after the other, each follow
 input gives the same bytes. Documents pass through as a stream, so memory does not grow with the corpus, and
 the folder gets its name only once it is complete.
 """
-import codecs
 import glob
 import gzip
 import hashlib
@@ -70,7 +69,7 @@ def is_held_out(data, fraction):
 
 
 def local_files():
-    """Return the files that `dataset` names, sorted, or None if it is for the `datasets` library to find."""
+    """Return the files that `dataset` names, sorted; None if it is for the `datasets` library to find."""
     if dataset == "python_stdlib":
         root = sysconfig.get_path("stdlib")
         paths = (os.path.join(folder, file) for folder, _, files in os.walk(root) for file in files)
@@ -81,7 +80,6 @@ def local_files():
     if any(c in dataset for c in "*?[") or file_format(dataset) in FORMATS:
         paths = glob.glob(dataset.replace("[", "[[]"), recursive=True) or glob.glob(dataset, recursive=True)
         return sorted(filter(os.path.isfile, paths))  # a bracket was first taken as part of a name
-    return None
 
 
 def file_format(path):
@@ -89,12 +87,12 @@ def file_format(path):
 
 
 def read_documents(source, fraction, skipped):
-    """Yield (text, held out?) of each document, always in the same order. The end of an only one is."""
+    """Yield (text, held out?) of each document, in fixed order; of an only one the end is held out."""
     texts = read_texts(source, skipped)
     first = list(itertools.islice(texts, 2))
     if not first:
         fail(f"no usable document in split {source!r} of {dataset!r}, {summary(skipped)}; files: {FORMATS}")
-    if len(first) == 1 and 0 < fraction < 1:
+    if len(first) == 1 < len(first[0]) and 0 < fraction < 1:
         tail = max(1, int(fraction * len(first[0])))
         yield first[0][-tail:], True  # before the rest, after which max_tokens may end all
         yield first[0][:-tail], False
@@ -158,8 +156,8 @@ def read_file(f, path, skipped):
     elif kind == ".parquet":
         yield from read_parquet(f, path)
     elif kind in FORMATS:
-        text = f.read().removeprefix(codecs.BOM_UTF8)
-        texts = text.split(separator.encode()) if separator and kind == ".txt" else [text]
+        texts = [f.read().removeprefix(b"\xef\xbb\xbf")]  # a byte order mark
+        texts = texts[0].split(separator.encode()) if separator and kind == ".txt" else texts
         yield from filter(None, map(bytes.strip, texts)) if len(texts) > 1 else texts
     else:
         skipped["unknown format"] += 1
@@ -294,9 +292,8 @@ def load_tokenizer(path):
 def encode_documents(documents, encoding):
     """Yield (ids, number of bytes, held out?) of each document, in order, encoded by all cores just ahead.
 
-    ids is a uint16 array that ends with <|endoftext|>, or None if the encoding's regular expression
-    overflows its stack, as on a million spaces in a row. Text that spells <|endoftext|> is encoded like any
-    other.
+    ids, uint16, ends with <|endoftext|>; None if the encoding's regular expression overflows its stack, as
+    on a million spaces in a row. Text that spells <|endoftext|> is encoded like any other.
     """
     def encode(text, held_out):
         try:

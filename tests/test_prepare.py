@@ -528,6 +528,7 @@ def bad_files(tmp):
     corpus(tmp / "copy", [""], name="test.jsonl")
     (tmp / "lines").mkdir()
     (tmp / "lines" / "a.txt").write_text("one\ntwo\n")
+    (tmp / "letter.txt").write_text("a")
     (tmp / "few").mkdir()
     for i in range(2):
         (tmp / "few" / f"{i}.txt").write_text("one of two documents")
@@ -565,6 +566,7 @@ BAD_PREPARE = [  # what is wrong, the arguments ({tmp} holds the files above), w
     ("nothing usable", ["--dataset={tmp}/nothing.jsonl"], ["no usable document", "1 binary, 1 empty"]),
     ("nothing to validate on", ["--dataset={tmp}/few/*", "--val_fraction=0.001"],
      ["raise --val_fraction"]),
+    ("a document too short to cut", ["--dataset={tmp}/letter.txt"], ["cut the text into more documents"]),
     ("nothing to train on", ["--dataset={tmp}/few/*", "--val_fraction=0.999"], ["lower --val_fraction"]),
     ("empty validation split", ["--dataset={tmp}/copy", "--val_split=test"], ["split 'test'", "1 empty"]),
     ("val_fraction of 0", ["--val_fraction=0"], ["val_fraction=0.0", "between"]),
