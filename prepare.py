@@ -86,9 +86,9 @@ def file_format(path):
     return os.path.splitext(path.removesuffix(".gz"))[1].lower()
 
 
-def read_documents(source, fraction, skipped):
+def split_documents(source, fraction, skipped):
     """Yield (text, held out?) of each document, in fixed order; of an only one the end is held out."""
-    texts = read_texts(source, skipped)
+    texts = read_documents(source, skipped)
     first = list(itertools.islice(texts, 2))
     if not first:
         fail(f"no usable document in split {source!r} of {dataset!r}, {summary(skipped)}; files: {FORMATS}")
@@ -101,7 +101,7 @@ def read_documents(source, fraction, skipped):
             yield text, is_held_out(text.encode(), fraction)
 
 
-def read_texts(source, skipped):
+def read_documents(source, skipped):
     """Yield the texts that are of use; count in `skipped` those that are not."""
     paths = local_files()
     for document in read_hub(source) if paths is None else read_files(paths, skipped):
@@ -243,7 +243,7 @@ def training_sample(skipped):
     expression can take: a very long run of spaces overflows its stack."""
     source, fraction = passes()[0]
     left = bpe_sample_bytes
-    for text, held_out in read_documents(source, fraction, skipped):
+    for text, held_out in split_documents(source, fraction, skipped):
         if not held_out:
             data = text.encode()
             text = data[:left].decode(errors="ignore")
@@ -323,7 +323,7 @@ def write_bins(folder, encoding, skipped):
     live = sys.stdout.isatty()
     with open(f"{folder}/train.bin", "wb") as train, open(f"{folder}/val.bin", "wb") as val:
         for source, fraction in passes():
-            documents = read_documents(source, fraction, skipped)
+            documents = split_documents(source, fraction, skipped)
             for ids, size, held_out in encode_documents(documents, encoding):
                 if ids is None:
                     skipped["not tokenizable"] += 1
