@@ -44,7 +44,7 @@ def configure(settings, argv=None):
     for arg in sys.argv[1:] if argv is None else argv:
         key, equals, text = arg.removeprefix("--").partition("=")
         if not arg.startswith("-"):
-            for key, value in run_config_file(arg, known).items():
+            for key, value in run_config_file(os.path.expanduser(arg), known).items():
                 chosen[key] = check(key, value, known, where=f" (in {arg})")
         elif arg.startswith("--") and equals:
             chosen[key] = check(key, parse(text, known.get(key)), known)

@@ -274,10 +274,7 @@ def announce(model, process):
 
 
 def train(process, data, model, optimizer, scaler, step, best, wandb_id):
-    """Make the updates from `step` on, with all that goes on around them.
-
-    best: (L0, val loss) so far. wandb_id: of the run to go on with there, or None.
-    """
+    """Make the updates from `step` on, with all that goes on around them. best: (L0, val loss) so far."""
     master = process.rank == 0
     log = Log(out_dir, step, wandb_id) if master else None
     if master and wandb_log:

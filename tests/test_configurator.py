@@ -68,6 +68,8 @@ def test_a_flag_is_read_as_its_settings_type(argument, expected):
 
 def test_a_path_may_begin_with_the_home_folder(monkeypatch, config_file):
     """In a flag and in a file ~ becomes the home folder; in a setting that is no path it stays."""
+    monkeypatch.setenv("HOME", str(config_file("d_model = 7").parent))
+    assert configured("~/config.py") == {"d_model": 7}
     monkeypatch.setenv("HOME", "/home/me")
     for value in ("~", "~/c/*.txt"):
         settings, path = {"out_dir": "out", "dataset": "x", "start": ""}, config_file(f"out_dir = {value!r}")
