@@ -264,7 +264,8 @@ def compare(found, compared, tasks, target):
         return [""] * (2 * len(compared) - 1)
     sparse, *others = all_edges = [found.edges(flags, tasks, target) for flags in compared.values()]
     return [*(describe([*edges.values()]) for edges in all_edges),
-            *(describe([edges[seed] / sparse[seed] for seed in edges if seed in sparse]) for edges in others)]
+            *(describe([edges[seed] / sparse[seed] for seed in edges if seed in sparse])
+              for edges in others)]
 
 
 def print_tables(found, compared):
@@ -333,7 +334,7 @@ def draw_targets(found, compared):
 def draw_widths(n, points):
     """Figure 3: edges against val loss, a line for each width, its points by L0."""
     figure, axis, plot = new_axis(xlabel="val loss of the model (nats per token)", ylabel=(
-        f"edges of a circuit of loss {widths_target:g}, geometric mean over {n} tasks"))
+        f"edges at loss {widths_target:g}, geometric mean over {n} tasks"))
     for d_model in GRID:
         line = [point[1:] for point in points if point[0] == d_model]
         axis.plot([x for _, x, _ in line], [y for *_, y in line], marker="o", markersize=4,
@@ -359,6 +360,8 @@ def main():
     configure(globals())
     if jobs < 0 or at_once < 1:
         fail(f"jobs={jobs} must not be negative, and at_once={at_once} must be at least 1")
+    if widths_target not in TARGETS:
+        fail(f"widths_target={widths_target} must be one of {TARGETS}")
     if jobs:
         run_jobs()
     report()
