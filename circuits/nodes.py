@@ -153,7 +153,7 @@ class Nodes:
                     for part in "qk")
             # with the identity for values, what attention puts out are its weights
             weights = unwrap(sink_attention)(q, k, torch.eye(T, device=self.device), attn.sink_logit, 0.0)
-            parts.append(weights[torch.arange(n), :, batch.last])
+            parts.append(weights[torch.arange(n, device=self.device), :, batch.last])
         return torch.cat(parts)
 
     @torch.no_grad()

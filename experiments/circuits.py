@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ record = "experiments/circuits.csv"
 models = "out/circuits"  # the folder of the trained models
 targets_image, widths_image = "assets/circuits_targets.png", "assets/circuits_widths.png"
 widths_target = 0.3  # the target loss of the figure of widths
+widths_tasks = ""  # and its tasks, by commas: who cannot do them has no point; '': what all models can do
 
 # figure 2: flags beside `config`, whose own model is the sparse one. 1100 steps bring the dense one with
 # AbsTopK to about its pretraining loss. Without AbsTopK the best learning rate is about half
@@ -150,8 +152,9 @@ def run_job(flags, seed, tasks):
     """Train a model if need be, and add to the CSV what it lacks of its circuits."""
     there = Counter((row["task"], float(row["penalty"]), int(row["mask_seed"])) for row in read_record()
                     if (row["flags"], row["seed"]) == (flags, str(seed)))
-    missing = {task: [trial for trial in TRIALS if there[task, *trial] < len(TARGETS)] for task in tasks}
-    if not any(missing.values()):
+    missing = {task: trials for task in tasks if (
+        trials := [trial for trial in TRIALS if there[task, *trial] < len(TARGETS)])}
+    if not missing:
         return
     folder = train(flags, seed)
     last, process = last_of_log(folder), this_process(device, "float32")
@@ -290,58 +293,60 @@ def print_grid(found):
     """The table of figure 3. Returns the number of tasks, and (d_model, L0, val loss, edges) of models."""
     grid = {(d_model, l0): grid_flags(d_model, l0) for d_model, levels in GRID.items() for l0 in levels}
     grid = {at: flags for at, flags in grid.items() if found.seeds(flags)}
-    tasks = found.common(grid.values(), widths_target)
-    edges = {at: [*found.edges(flags, tasks, widths_target).values()] for at, flags in grid.items() if tasks}
-    losses = {at: found.pretraining(flags) for at, flags in grid.items()}
-    table(("d_model", "L0", "seeds", "val loss", f"edges at {widths_target:g}, {len(tasks)} tasks"), *(
-        (*at, len(losses[at]), f"{np.mean(losses[at]):.3f}", describe(edges[at]) if tasks else "")
-        for at in grid))
-    return len(tasks), [(*at, np.mean(losses[at]), geometric_mean(edges[at])) for at in edges]
+    tasks = widths_tasks.split(",") if widths_tasks else found.common(grid.values(), widths_target)
+    points, rows = [], []
+    for at, flags in grid.items():
+        losses = found.pretraining(flags)
+        over, *of_each = ([*found.edges(flags, some, widths_target).values()] if some else []
+                          for some in (tasks, *([task] for task in TASKS)))
+        rows.append((*at, len(losses), f"{np.mean(losses):.3f}", *map(describe, (over, *of_each))))
+        if over and np.isfinite(over).all():
+            points.append((*at, np.mean(losses), geometric_mean(over)))
+    table(("d_model", "L0", "seeds", "val loss", f"edges at {widths_target:g}, {len(tasks)} tasks", *TASKS),
+          *rows)
+    return len(tasks), points
 
 
-def new_axis(**labels):
-    from experiments import plot  # and matplotlib: a search has no need of it
+@contextmanager
+def figure(path, **labels):
+    """An axis to draw on, and the figure written to `path`."""
+    from experiments.plot import plt, save  # and matplotlib: a search has no need of it
 
-    figure, axis = plot.plt.subplots(figsize=(7, 4.5))
+    figure, axis = plt.subplots(figsize=(7, 4.5))
     axis.set(yscale="log", **labels)
+    yield axis
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
-    return figure, axis, plot
-
-
-def finish(figure, axis, plot, path):
     axis.legend(frameon=False)
     figure.tight_layout()
-    plot.save(figure, path)
+    save(figure, path)
 
 
 def draw_targets(found, compared):
     """Figure 2: edges against target loss. The bars reach over the seeds."""
     common = {target: found.common(compared.values(), target) for target in TARGETS}
-    figure, axis, plot = new_axis(xlabel="target loss of the circuit; tasks in which all models reach it",
-                                  ylabel="edges of the circuit, geometric mean", xscale="log")
-    for label, flags in compared.items():
-        edges = {t: [*found.edges(flags, tasks, t).values()] for t, tasks in common.items() if tasks}
-        middle = np.array([geometric_mean(values) for values in edges.values()])
-        bars = [middle - [min(v) for v in edges.values()], [max(v) for v in edges.values()] - middle]
-        axis.errorbar([*edges], middle, bars, marker="o", markersize=4, capsize=3,
-                      label=f"{label}, n = {len(found.seeds(flags))}")
-    axis.set_xticks(TARGETS, [f"{t:g}\n{len(tasks) or 'no'} tasks" for t, tasks in common.items()])
-    axis.minorticks_off()
-    finish(figure, axis, plot, targets_image)
+    with figure(targets_image, xlabel="target loss of the circuit; tasks in which all models reach it",
+                ylabel="edges of the circuit, geometric mean", xscale="log") as axis:
+        for label, flags in compared.items():
+            edges = {t: [*found.edges(flags, tasks, t).values()] for t, tasks in common.items() if tasks}
+            middle = np.array([geometric_mean(values) for values in edges.values()])
+            bars = [middle - [min(v) for v in edges.values()], [max(v) for v in edges.values()] - middle]
+            axis.errorbar([*edges], middle, bars, marker="o", markersize=4, capsize=3,
+                          label=f"{label}, n = {len(found.seeds(flags))}")
+        axis.set_xticks(TARGETS, [f"{t:g}\n{len(tasks) or 'no'} tasks" for t, tasks in common.items()])
+        axis.minorticks_off()
 
 
 def draw_widths(n, points):
     """Figure 3: edges against val loss, a line for each width, its points by L0."""
-    figure, axis, plot = new_axis(xlabel="val loss of the model (nats per token)", ylabel=(
-        f"edges at loss {widths_target:g}, geometric mean over {n} tasks"))
-    for d_model in GRID:
-        line = [point[1:] for point in points if point[0] == d_model]
-        axis.plot([x for _, x, _ in line], [y for *_, y in line], marker="o", markersize=4,
-                  label=f"d_model {d_model}")
-        for l0, x, y in line:
-            axis.annotate(l0, (x, y), (4, 4), textcoords="offset points", fontsize=8)
-    finish(figure, axis, plot, widths_image)
+    with figure(widths_image, xlabel="val loss of the model (nats per token)",
+                ylabel=f"edges at loss {widths_target:g}, geometric mean over {n} tasks") as axis:
+        for d_model in GRID:
+            line = [point[1:] for point in points if point[0] == d_model]
+            axis.plot([x for _, x, _ in line], [y for *_, y in line], marker="o", markersize=4,
+                      label=f"d_model {d_model}")
+            for l0, x, y in line:
+                axis.annotate(l0, (x, y), (4, 4), textcoords="offset points", fontsize=8)
 
 
 def report():

@@ -247,10 +247,17 @@ def test_a_task_that_one_model_cannot_do_is_not_common(searched):
 
 
 def test_widths_are_drawn(searched, monkeypatch):
-    """A line for each width that has models."""
+    """The models that do the tasks that are asked for, or else those that all can do, have a point."""
     monkeypatch.setattr(circuits, "widths_target", 5.0)
     circuits.report()
     assert os.path.getsize(circuits.widths_image) > 0
+    circuits.add([row | {"nodes": ""} for row in rows_of("--d_model=512", 1, "one", 3)])
+    circuits.add(rows_of("--d_model=512", 1, "two", 3))
+    found = circuits.Found(circuits.read_record())
+    assert [(n, len(points)) for n, points in [circuits.print_grid(found)]] == [(1, 3)]
+    monkeypatch.setattr(circuits, "widths_tasks", "one,two")
+    n, points = circuits.print_grid(found)
+    assert n == 2 and [point[:2] for point in points] == [(256, "1"), (256, "1/16")]
 
 
 def test_all_models_of_the_grid_can_be_built():
