@@ -40,16 +40,16 @@ targets_image, widths_image = "assets/circuits_targets.png", "assets/circuits_wi
 widths_target = 0.3  # the target loss of the figure of widths
 widths_tasks = ""  # and its tasks, by commas: who cannot do them has no point; '': what all models can do
 
-# figure 2: flags beside `config`, whose own model is the sparse one. 1100 steps bring the dense one with
+# figure 2: flags beside `config`, whose own model is the sparse one. 1050 steps bring the dense one with
 # AbsTopK to about its pretraining loss. Without AbsTopK the best learning rate is about half
 MODELS = {
     "sparse": "",
-    "dense, same loss": "--target_l0_fraction=1 --max_iters=1100",
+    "dense, same loss": "--target_l0_fraction=1 --max_iters=1050",
     "dense, same shape": "--target_l0_fraction=1",
     "dense without AbsTopK, same shape": "--target_l0_fraction=1 --activation_topk_fraction=1 "
                                          "--learning_rate=9e-3",
     "dense without AbsTopK, fewer steps": "--target_l0_fraction=1 --activation_topk_fraction=1 "
-                                          "--learning_rate=9e-3 --max_iters=1100",
+                                          "--learning_rate=9e-3 --max_iters=1050",
 }
 SEEDS = (1337, 1, 2)
 # figure 3: d_model and L0. At width 128 four weights for each neuron leave no L0 below 1/32
