@@ -54,8 +54,8 @@ AROUND = 8  # sizes below that of the bisection that are tried too
 # tasks
 
 
-def read_task(tokenizer):
-    """The task, a dict, with its tokens spelled as ids, and its name."""
+def read_task(task, tokenizer):
+    """The task of tasks/NAME.json or of a path, a dict, with its tokens spelled as ids, and its name."""
     path = task if task.endswith(".json") else os.path.join("tasks", f"{task}.json")
     try:
         with open(path, encoding="utf-8") as f:
@@ -151,20 +151,24 @@ def heaviside(tau):
     return (tau > 0).float() + (soft - soft.detach())  # what is added is 0
 
 
-def learn_masks(nodes, contexts, penalty, mask_seed):
-    """The importance tau of each node, in [-1, 1], learned on `contexts`: (nodes)."""
-    generator = torch.Generator().manual_seed(mask_seed)
-    tau = start + noise * torch.randn(nodes.number, generator=generator)
+def learn_masks(nodes, contexts, trials):
+    """The importance tau of each node, in [-1, 1], learned on `contexts`, for each of `trials`, pairs of a
+    penalty and a mask seed: (trials, nodes). Trials share their passes through the model and nothing else.
+    """
+    generators = [torch.Generator().manual_seed(mask_seed) for _, mask_seed in trials]
+    tau = torch.stack([start + noise * torch.randn(nodes.number, generator=g) for g in generators])
     tau = tau.clamp(-1, 1).to(nodes.device).requires_grad_()
+    penalty = torch.tensor([penalty for penalty, _ in trials], device=nodes.device)
     optimizer = torch.optim.Adam([tau], betas=(0.9, 0.95))
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
-        batch = contexts[torch.randint(len(contexts), (batch_size,), generator=generator)]
+        rows = torch.cat([torch.randint(len(contexts), (batch_size,), generator=g) for g in generators])
+        batch = contexts[rows.to(nodes.device)]
         gates = heaviside(tau)
-        loss = loss_of(nodes.logits(batch, gates)).mean() + penalty * gates.sum()
+        losses = loss_of(nodes.logits(batch, gates)).view(len(trials), batch_size).mean(1)
         optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([tau], 1.0)
+        (losses + penalty * gates.sum(1)).sum().backward()
+        tau.grad.renorm_(p=2, dim=0, maxnorm=1.0)  # each trial's gradient is clipped by itself
         optimizer.step()
         with torch.no_grad():
             tau.clamp_(-1, 1)
@@ -216,7 +220,8 @@ def search(nodes, learning, choosing, target, name):
     for penalty in map(float, penalties.split(",")):
         for mask_seed in range(mask_seeds):
             begun = time.perf_counter()
-            order = learn_masks(nodes, learning, penalty, mask_seed).argsort(descending=True, stable=True)
+            [tau] = learn_masks(nodes, learning, [(penalty, mask_seed)])
+            order = tau.argsort(descending=True, stable=True)
 
             def loss_at(size, order=order):
                 return loss_of(nodes.judge(choosing, first_of(order, size))).mean().item()
@@ -346,7 +351,7 @@ def main():
     saved, model, data = load_run(out_dir, checkpoint)
     model.to(process.device).requires_grad_(False)
     tokenizer = load_tokenizer(os.path.join("data", saved["settings"]["dataset"], "tokenizer.json"))
-    spec, name = read_task(tokenizer)
+    spec, name = read_task(task, tokenizer)
     sets = learning, choosing, judging = three_sets(spec, data, tokenizer, model.config.block_size, process)
     target = target_loss or spec["target_loss"]
     nodes = measured_nodes(model, data, process)
