@@ -45,6 +45,7 @@ widths_tasks = ""  # and its tasks, by commas: who cannot do them has no point; 
 MODELS = {
     "sparse": "",
     "dense, same loss": "--target_l0_fraction=1 --max_iters=1050",
+    "dense, narrower": "--target_l0_fraction=1 --d_model=64",
     "dense, same shape": "--target_l0_fraction=1",
     "dense without AbsTopK, same shape": "--target_l0_fraction=1 --activation_topk_fraction=1 "
                                          "--learning_rate=9e-3",
@@ -317,7 +318,7 @@ def figure(path, **labels):
     yield axis
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     figure.tight_layout()
     save(figure, path)
 
