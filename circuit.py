@@ -54,8 +54,8 @@ AROUND = 8  # sizes below that of the bisection that are tried too
 # tasks
 
 
-def read_task(tokenizer):
-    """The task, a dict, with its tokens spelled as ids, and its name."""
+def read_task(tokenizer, task):
+    """The task of that name or path, a dict, with its tokens spelled as ids, and its name."""
     path = task if task.endswith(".json") else os.path.join("tasks", f"{task}.json")
     try:
         with open(path, encoding="utf-8") as f:
@@ -71,6 +71,9 @@ def read_task(tokenizer):
                 spec[part] = [([tokenizer.eot_token, *tokenizer.encode(prompt, disallowed_special=())],
                                [one_token(tokenizer, right), one_token(tokenizer, other)])
                               for prompt, right, other in spec[part]]
+            if {tuple(ids) for ids, _ in spec["prompts"]} & {tuple(ids) for ids, _ in spec["held_out"]}:
+                raise ValueError("held-out prompts that are not among the others")
+        spec["beyond"] = [str(other) for other in spec.get("beyond", ())]
     except OSError as e:
         fail(f"no task {path} ({e.strerror}): name a file of tasks/, or give a path that ends in .json")
     except (ValueError, TypeError, KeyError, AttributeError) as e:
@@ -113,15 +116,18 @@ def contexts_in(tokens, split, spec, tokenizer, block_size, most, process):
 
 
 def contexts_of(prompts, part, block_size, process):
-    """Those of a list of (ids, answers), from templates."""
+    """Those of a list of (ids, answers), from templates. In every other one the right answer has the lower
+    id of the two, so that no part of them favours an answer."""
     longest = max((len(ids) for ids, _ in prompts), default=0)
+    shuffled = [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))]
+    sides = [[p for p in shuffled if (p[1][0] < p[1][1]) == lower] for lower in (True, False)]
+    prompts = [p for both in zip(*sides, strict=False) for p in both]
     if len(prompts) < FEWEST:
-        fail(f"the task has {len(prompts)} {part}, fewer than {FEWEST}: write more")
+        fail(f"the task has {len(prompts)} {part} if either answer is to be right as often, fewer than "
+             f"{FEWEST}: write more")
     if longest > block_size:
         fail(f"a prompt of the task has {longest} tokens, with the <|endoftext|> before it, more than the "
              f"model's window of {block_size}: shorten it")
-    shuffled = np.random.default_rng(seed).permutation(len(prompts))
-    prompts = [prompts[i] for i in shuffled]
     idx = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in prompts])
     last = torch.tensor([len(ids) - 1 for ids, _ in prompts])
     answers = torch.tensor([answers for _, answers in prompts])
@@ -137,8 +143,20 @@ def three_sets(spec, data, tokenizer, block_size, process):
     else:
         train = contexts_of(spec["prompts"], "prompts", block_size, process)
         val = contexts_of(spec["held_out"], "held_out", block_size, process)
-    choosing = torch.arange(len(train)) < min(choosing_contexts, len(train) // 3)
+    choosing = torch.arange(len(train)) < min(choosing_contexts, len(train) // 3) // 2 * 2
     return train[~choosing], train[choosing], val
+
+
+def sets_beyond(spec, judging, data, tokenizer, block_size, process):
+    """Contexts that the circuit was not made for: name -> Contexts. The task's in random order, those of the
+    tasks that it lists as "beyond", and any places of val, where the task's first two answers compete."""
+    starts = np.random.default_rng(seed).integers(len(data.val) - block_size, size=judging_contexts)
+    idx, _ = windows(data.val, starts, block_size, process)
+    n, answers = len(idx), judging.answers[0].sort().values
+    last = torch.full((n,), block_size - 1, device=idx.device)
+    return {"random order": judging.in_random_order(seed)} | {
+        other: three_sets(read_task(tokenizer, other)[0], data, tokenizer, block_size, process)[-1]
+        for other in spec["beyond"]} | {"ordinary text": Contexts(idx, last, answers.expand(n, 2))}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -292,7 +310,7 @@ def check_settings():
         fail(f"penalties={penalties!r} must be numbers, by commas")
 
 
-def put_beside(nodes, gates, sets, data, target, process):
+def put_beside(nodes, gates, sets, beyond, data, target, process):
     """All that is asked of a circuit besides its own result: name -> result."""
     judging = sets[-1]
     random, without_random = sceptic.random_draws(nodes, gates, judging, seed)
@@ -300,6 +318,8 @@ def put_beside(nodes, gates, sets, data, target, process):
         "without": result(nodes.judge(judging, 1 - gates)) | count(nodes, 1 - gates),
         "without_random": without_random, "random": random,
         "faithfulness": sceptic.faithfulness(nodes, gates, judging, seed),
+        "beyond": {name: [sceptic.agreement(nodes, g, contexts) for g in (gates, 0 * gates)]
+                   for name, contexts in beyond.items()},
         "survival": {name: {c: round(x[c].item(), 4) for c in nodes.kept(gates)[name]}
                      for name, x in survival(nodes, judging, gates).items() if name in nodes.kept(gates)},
         "interventions": sceptic.interventions(nodes, gates, judging),
@@ -346,9 +366,10 @@ def main():
     saved, model, data = load_run(out_dir, checkpoint)
     model.to(process.device).requires_grad_(False)
     tokenizer = load_tokenizer(os.path.join("data", saved["settings"]["dataset"], "tokenizer.json"))
-    spec, name = read_task(tokenizer)
+    spec, name = read_task(tokenizer, task)
     sets = learning, choosing, judging = three_sets(spec, data, tokenizer, model.config.block_size, process)
     target = target_loss or spec["target_loss"]
+    beyond = sets_beyond(spec, judging, data, tokenizer, model.config.block_size, process)
     nodes = measured_nodes(model, data, process)
     able = check_able(name, nodes, choosing, target)
     print(f"{name}: {nodes.number:,} nodes; target loss {target:g} on train, where the whole model has "
@@ -360,13 +381,13 @@ def main():
         fail(f"no search reached the target of {target:g}, the best was {chosen['lowest_loss']:.3f}: raise "
              "--target_loss or --steps, or lower --penalties")
     gates, ones = chosen["gates"], torch.ones(nodes.number, device=nodes.device)
-    results = sceptic.baselines(nodes, data.train, judging) | {
+    results = sceptic.baselines(nodes, data.train, judging, seed) | {
         "circuit": result(nodes.judge(judging, gates)) | count(nodes, gates),
         "circuit_fitted": sceptic.fitted(nodes, gates, choosing, judging),
         "whole_fitted": sceptic.fitted(nodes, ones, choosing, judging),
         "seeds": seeds_agree(nodes, runs, chosen)}
     if controls:
-        results |= put_beside(nodes, gates, sets, data, target, process)
+        results |= put_beside(nodes, gates, sets, beyond, data, target, process)
     answers = spec.get("pair")
     sceptic.print_table(results, f"{len(judging)} {'contexts of val' if answers else 'held-out prompts'}")
     sceptic.print_rest(results)
