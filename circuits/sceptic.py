@@ -20,7 +20,7 @@ GIVEN_BACK = (0.1, 0.25, 0.5, 0.75)  # shares of the ablated nodes
 
 
 def result(logits):
-    """Loss, its standard error (contexts taken as independent), accuracy of logits (n, 2), the right first."""
+    """Loss, standard error (if contexts are independent), accuracy; of logits (n, 2), the right first."""
     losses, margin = loss_of(logits), logits[:, 0] - logits[:, 1]
     return {"loss": losses.mean().item(), "standard_error": (losses.std() / len(losses)**0.5).item(),
             "accuracy": (margin.sign() / 2 + 0.5).mean().item()}  # a tie is half right
