@@ -73,6 +73,8 @@ def read_task(tokenizer, task):
                               for prompt, right, other in spec[part]]
             if {tuple(ids) for ids, _ in spec["prompts"]} & {tuple(ids) for ids, _ in spec["held_out"]}:
                 raise ValueError("held-out prompts that are not among the others")
+            if any(right == other for part in ("prompts", "held_out") for _, (right, other) in spec[part]):
+                raise ValueError("two different answers to each prompt")
         spec["beyond"] = [str(other) for other in spec.get("beyond", ())]
     except OSError as e:
         fail(f"no task {path} ({e.strerror}): name a file of tasks/, or give a path that ends in .json")

@@ -474,6 +474,7 @@ def test_shipped_tasks_are_well_formed():
     ({"answers": ["r", "t"], "target_loss": "low"}, "", ["is no task"]),
     ({"answers": ["r", "t"], "beyond": ["nowhere"]}, "", ["no task tasks/nowhere.json"]),
     ({"prompts": [["a", "b"]], "held_out": []}, "", ["is no task"]),
+    ({"prompts": [["a", "b", "b"]], "held_out": []}, "", ["two different answers"]),
     ({"prompts": [["a", "b", "c"]], "held_out": [["a", "b", "c"]]}, "", ["held-out prompts that are not"]),
     ({"prompts": [[str(i), "b", "c"] for i in range(40)], "held_out": []}, "", ["0 prompts", "as often"]),
     ({}, "", ["is no task"]),
