@@ -304,8 +304,10 @@ def test_the_last_token_alone_is_counted_with_both_answers_as_frequent():
 
 
 def test_a_fit_undoes_a_shift(known):
-    """A model that always prefers X is right again once the shift is fitted."""
+    """A model that always prefers X is right again once the shift is fitted; one that is right stays sober."""
     nodes, contexts = nodes_of(known), some_contexts(200)
+    sure = sceptic.fitted(nodes, torch.ones(nodes.number), contexts[:20], contexts)
+    assert sure["accuracy"] == 1 and 0.03 < sure["loss"] < 0.15
     known.bigram_table[E, X] = 30.0
     ones = torch.ones(nodes.number)
     assert sceptic.result(nodes.judge(contexts, ones))["accuracy"] < 0.6
