@@ -28,7 +28,7 @@ def result(logits):
 
 def fitted(nodes, gates, choosing, judging):
     """The result when the logits are scaled, and one answer's shifted, to do best on train (a shift of both
-    does nothing). Of few contexts, all right, the best scale is endless: a few count as wrong (Platt 1999)."""
+    does nothing). Where all are right the best scale is endless, so a few count as wrong (Platt 1999)."""
     wrong = 1 / (len(choosing) / 2 + 2)
     scale_and_shift = torch.tensor([1.0, 0.0], device=nodes.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([scale_and_shift], max_iter=50, line_search_fn="strong_wolfe")

@@ -304,7 +304,7 @@ def test_the_last_token_alone_is_counted_with_both_answers_as_frequent():
 
 
 def test_a_fit_undoes_a_shift(known):
-    """A model that always prefers X is right again once the shift is fitted; one that is right stays sober."""
+    """A model that always prefers X is right once the shift is fitted; one that is right stays modest."""
     nodes, contexts = nodes_of(known), some_contexts(200)
     sure = sceptic.fitted(nodes, torch.ones(nodes.number), contexts[:20], contexts)
     assert sure["accuracy"] == 1 and 0.03 < sure["loss"] < 0.15
