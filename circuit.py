@@ -320,7 +320,8 @@ def put_beside(nodes, gates, sets, beyond, data, target, process):
         "without": result(nodes.judge(judging, 1 - gates)) | count(nodes, 1 - gates),
         "without_random": without_random, "random": random,
         "faithfulness": sceptic.faithfulness(nodes, gates, judging, seed),
-        "beyond": {name: [sceptic.agreement(nodes, g, contexts) for g in (gates, 0 * gates)]
+        "beyond": {name: {"circuit": sceptic.agreement(nodes, gates, contexts),
+                          "nothing": sceptic.agreement(nodes, 0 * gates, contexts)}
                    for name, contexts in beyond.items()},
         "survival": {name: {c: round(x[c].item(), 4) for c in nodes.kept(gates)[name]}
                      for name, x in survival(nodes, judging, gates).items() if name in nodes.kept(gates)},

@@ -265,7 +265,8 @@ def print_rest(results):
           f"differences: {same['correlation']:.2f}\nloss as random ablated nodes are given back: {back}")
     for name, pair in results["beyond"].items():
         print(f"beyond, {name}: " + "; all nodes ablated: ".join(
-            "same answer {same_answer:.1%}, correlation {correlation:.2f}".format(**x) for x in pair))
+            "same answer {same_answer:.1%}, correlation {correlation:.2f}".format(**pair[which])
+            for which in ("circuit", "nothing")))
     for head, x in same["attention"].items():
         print("head {0}: attention to its first choice {whole:.2f} in the whole model, {circuit:.2f} in the "
               "circuit; {same:.2f} of all attention is the same".format(head, **x))
