@@ -54,8 +54,8 @@ AROUND = 8  # sizes below that of the bisection that are tried too
 # tasks
 
 
-def read_task(tokenizer, task):
-    """The task of that name or path, a dict, with its tokens spelled as ids, and its name."""
+def read_task(task, tokenizer):
+    """The task of tasks/NAME.json or of a path, a dict, with its tokens spelled as ids, and its name."""
     path = task if task.endswith(".json") else os.path.join("tasks", f"{task}.json")
     try:
         with open(path, encoding="utf-8") as f:
@@ -118,12 +118,13 @@ def contexts_in(tokens, split, spec, tokenizer, block_size, most, process):
 
 
 def contexts_of(prompts, part, block_size, process):
-    """Those of a list of (ids, answers), from templates. In every other one the right answer has the lower
-    id of the two, so that no part of them favours an answer."""
+    """Those of a list of (ids, answers), from templates, in random order: as many of which the right answer
+    has the lower id of the two as of which it has the higher."""
     longest = max((len(ids) for ids, _ in prompts), default=0)
     shuffled = [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))]
-    sides = [[p for p in shuffled if (p[1][0] < p[1][1]) == lower] for lower in (True, False)]
-    prompts = [p for both in zip(*sides, strict=False) for p in both]
+    lower = np.array([right < other for _, (right, other) in shuffled], dtype=bool)
+    n = min(lower.sum(), (~lower).sum())
+    prompts = [shuffled[i] for i in sorted([*np.flatnonzero(lower)[:n], *np.flatnonzero(~lower)[:n]])]
     if len(prompts) < FEWEST:
         fail(f"the task has {len(prompts)} {part} if either answer is to be right as often, fewer than "
              f"{FEWEST}: write more")
@@ -137,7 +138,7 @@ def contexts_of(prompts, part, block_size, process):
 
 
 def three_sets(spec, data, tokenizer, block_size, process):
-    """Contexts to learn masks on, to choose the size on, and to judge by."""
+    """Contexts to learn masks on, to choose the size on, and to judge by; either answer as often right."""
     if "pair" in spec:
         most = choosing_contexts + steps * batch_size
         train = contexts_in(data.train, "train", spec, tokenizer, block_size, most, process)
@@ -145,7 +146,9 @@ def three_sets(spec, data, tokenizer, block_size, process):
     else:
         train = contexts_of(spec["prompts"], "prompts", block_size, process)
         val = contexts_of(spec["held_out"], "held_out", block_size, process)
-    choosing = torch.arange(len(train)) < min(choosing_contexts, len(train) // 3) // 2 * 2
+    half, sides = min(choosing_contexts, len(train) // 3) // 2, train.sides()
+    nth = torch.where(sides > 0, (sides > 0).cumsum(0), (sides < 0).cumsum(0))  # of its side, from 1
+    choosing = nth <= half
     return train[~choosing], train[choosing], val
 
 
@@ -157,7 +160,7 @@ def sets_beyond(spec, judging, data, tokenizer, block_size, process):
     n, answers = len(idx), judging.answers[0].sort().values
     last = torch.full((n,), block_size - 1, device=idx.device)
     return {"random order": judging.in_random_order(seed)} | {
-        other: three_sets(read_task(tokenizer, other)[0], data, tokenizer, block_size, process)[-1]
+        other: three_sets(read_task(other, tokenizer)[0], data, tokenizer, block_size, process)[-1]
         for other in spec["beyond"]} | {"ordinary text": Contexts(idx, last, answers.expand(n, 2))}
 
 
@@ -171,20 +174,24 @@ def heaviside(tau):
     return (tau > 0).float() + (soft - soft.detach())  # what is added is 0
 
 
-def learn_masks(nodes, contexts, penalty, mask_seed):
-    """The importance tau of each node, in [-1, 1], learned on `contexts`: (nodes)."""
-    generator = torch.Generator().manual_seed(mask_seed)
-    tau = start + noise * torch.randn(nodes.number, generator=generator)
+def learn_masks(nodes, contexts, trials):
+    """The importance tau of each node, in [-1, 1], learned on `contexts`, for each of `trials`, pairs of a
+    penalty and a mask seed: (trials, nodes). Trials share their passes through the model and nothing else.
+    """
+    generators = [torch.Generator().manual_seed(mask_seed) for _, mask_seed in trials]
+    tau = torch.stack([start + noise * torch.randn(nodes.number, generator=g) for g in generators])
     tau = tau.clamp(-1, 1).to(nodes.device).requires_grad_()
+    penalty = torch.tensor([penalty for penalty, _ in trials], device=nodes.device)
     optimizer = torch.optim.Adam([tau], betas=(0.9, 0.95))
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
-        batch = contexts[torch.randint(len(contexts), (batch_size,), generator=generator)]
+        rows = torch.cat([torch.randint(len(contexts), (batch_size,), generator=g) for g in generators])
+        batch = contexts[rows.to(nodes.device)]
         gates = heaviside(tau)
-        loss = loss_of(nodes.logits(batch, gates)).mean() + penalty * gates.sum()
+        losses = loss_of(nodes.logits(batch, gates)).view(len(trials), batch_size).mean(1)
         optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([tau], 1.0)
+        (losses + penalty * gates.sum(1)).sum().backward()
+        tau.grad.renorm_(p=2, dim=0, maxnorm=1.0)  # each trial's gradient is clipped by itself
         optimizer.step()
         with torch.no_grad():
             tau.clamp_(-1, 1)
@@ -236,7 +243,8 @@ def search(nodes, learning, choosing, target, name):
     for penalty in map(float, penalties.split(",")):
         for mask_seed in range(mask_seeds):
             begun = time.perf_counter()
-            order = learn_masks(nodes, learning, penalty, mask_seed).argsort(descending=True, stable=True)
+            [tau] = learn_masks(nodes, learning, [(penalty, mask_seed)])
+            order = tau.argsort(descending=True, stable=True)
 
             def loss_at(size, order=order):
                 return loss_of(nodes.judge(choosing, first_of(order, size))).mean().item()
@@ -369,7 +377,7 @@ def main():
     saved, model, data = load_run(out_dir, checkpoint)
     model.to(process.device).requires_grad_(False)
     tokenizer = load_tokenizer(os.path.join("data", saved["settings"]["dataset"], "tokenizer.json"))
-    spec, name = read_task(tokenizer, task)
+    spec, name = read_task(task, tokenizer)
     sets = learning, choosing, judging = three_sets(spec, data, tokenizer, model.config.block_size, process)
     target = target_loss or spec["target_loss"]
     beyond = sets_beyond(spec, judging, data, tokenizer, model.config.block_size, process)

@@ -14,6 +14,10 @@ import runpy
 import sys
 from fractions import Fraction
 
+TYPES = (bool, int, float, str)  # of settings
+# those, in any script, that may be a path: ~ is the home folder there
+PATHS = {"out_dir", "init_from", "data_dir", "dataset", "tokenizer", "task", "beside", "image"}
+
 
 def fail(message):
     """End the script as user errors do: one line on stderr (under torchrun one per node), exit status 2."""
@@ -24,8 +28,7 @@ def fail(message):
 
 def settings_of(namespace):
     """The settings among a script's globals: lower-case names of a bool, an int, a float or a string."""
-    return {k: v for k, v in namespace.items()
-            if k.islower() and not k.startswith("_") and type(v) in (bool, int, float, str)}
+    return {k: v for k, v in namespace.items() if k.islower() and k[0] != "_" and type(v) in TYPES}
 
 
 def configure(settings, argv=None):
@@ -34,12 +37,14 @@ def configure(settings, argv=None):
     Returns the set of names that were set. Ends the script with one line (see `fail`) on an unknown key, a
     wrong type, an unreadable file or an argument that is neither a file nor `--key=value`.
     """
+    if argv is None:  # a script that runs: what its terminal cannot show becomes a question mark
+        sys.stdout.reconfigure(errors="replace")
     known = settings_of(settings)
     chosen = {}
     for arg in sys.argv[1:] if argv is None else argv:
         key, equals, text = arg.removeprefix("--").partition("=")
         if not arg.startswith("-"):
-            for key, value in run_config_file(arg).items():
+            for key, value in run_config_file(os.path.expanduser(arg), known).items():
                 chosen[key] = check(key, value, known, where=f" (in {arg})")
         elif arg.startswith("--") and equals:
             chosen[key] = check(key, parse(text, known.get(key)), known)
@@ -58,15 +63,15 @@ def check_rules(settings, rules):
                 fail(f"{name}={settings[name]} {rule}")
 
 
-def run_config_file(path):
-    """Run the Python file at `path`; return what it assigned, less names with a leading _ and modules."""
+def run_config_file(path, known):
+    """Run the Python file at `path`; return what it assigned, not what else it imported or defined."""
     if not os.path.isfile(path):
         fail(f"no config file {path}: check the path, or write a setting as --key=value")
     try:
         namespace = runpy.run_path(path)
     except (Exception, SystemExit) as e:  # noqa: BLE001  whatever the user's own code may raise
         fail(f"the config file {path} does not run: {type(e).__name__}: {e}".replace("\n", " "))
-    return {k: v for k, v in namespace.items() if not k.startswith("_") and type(v) is not type(os)}
+    return {k: v for k, v in namespace.items() if not k.startswith("_") and (k in known or type(v) in TYPES)}
 
 
 def parse(text, default):
@@ -94,4 +99,4 @@ def check(key, value, known, where=""):
         return float(value)
     if type(value) is not expected:
         fail(f"{key}={value!r}{where} has the wrong type: expected {expected.__name__}, like {known[key]!r}")
-    return value
+    return os.path.expanduser(value) if key in PATHS else value

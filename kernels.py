@@ -7,7 +7,6 @@ AbsTopK, the prune, attention with a sink, Linears that are mostly zeros. kernel
 chosen on a GPU.
 """
 import functools
-import importlib.util
 import math
 import os
 import shutil
@@ -20,6 +19,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+try:
+    import kernels_triton
+except ImportError:  # without Triton
+    kernels_triton = None
 
 SAME_SIZE_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size in bytes
 
@@ -47,7 +51,13 @@ def has_compiler(device_type):
         os.path.join(sysconfig.get_path("include"), "Python.h"))
 
 
-HAS_TRITON = has_compiler("cuda") and importlib.util.find_spec("triton") is not None
+HAS_TRITON = has_compiler("cuda") and kernels_triton is not None
+
+
+def for_triton(x):
+    """Whether Triton can work on x: it starts its kernels on the current device."""
+    return HAS_TRITON and x.is_cuda and (torch.compiler.is_compiling()
+                                         or x.get_device() == torch.cuda.current_device())
 
 # ----------------------------------------------------------------------------------------------------------
 # the k largest on a CPU: numpy's partition finds the k-th far faster than torch.topk or a sort
@@ -133,23 +143,9 @@ def zero_where_not(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return like(x, kept)
 
 
-@keep_largest.register_kernel("cuda")
-def keep_largest_on_gpu(x, k):
-    import kernels_triton
-
-    with torch.cuda.device_of(x):
-        return kernels_triton.keep_largest(x, k)
-
-
-def gradient_of_keep_largest(ctx, dy, _):
-    """Zero where the output was made zero. On a GPU the compiler fuses this with what is next to it."""
-    mask, = ctx.saved_tensors
-    return zero_where_not(mask, dy.contiguous()) if dy.is_cpu else torch.where(mask, dy, 0.0), None
-
-
 keep_largest.register_fake(lambda x, k: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)))
 keep_largest.register_autograd(
-    gradient_of_keep_largest,
+    lambda ctx, dy, _: (zero_where_not(ctx.saved_tensors[0], dy.contiguous()), None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output[1]))
 zero_where_not.register_fake(lambda mask, x: torch.empty_like(x))
 zero_where_not.register_autograd(
@@ -159,9 +155,11 @@ zero_where_not.register_autograd(
 
 def abs_topk(x, k):
     """`model.abs_topk` on a CPU, and on a GPU that Triton can compile for."""
-    if not (x.is_cpu or (x.is_cuda and HAS_TRITON)) or not 1 <= k <= x.size(-1):
+    if not 1 <= k <= x.size(-1):
         return NotImplemented
-    return keep_largest(x.contiguous(), k)[0]
+    if x.is_cpu:
+        return keep_largest(x.contiguous(), k)[0]
+    return kernels_triton.KeepLargest.apply(x, k) if for_triton(x) else NotImplemented
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -172,11 +170,9 @@ def keep_survivors_(tensors, score):
     """`model.keep_survivors_` on a CPU, and of float32 tensors on a GPU that Triton can compile for."""
     if all(p.is_cpu for p, *_ in tensors):
         list(workers.map(lambda tensor: keep_survivors_of_one_(*tensor, score), tensors))
-    elif HAS_TRITON and all(p.is_cuda and p.dtype == torch.float32 for p, *_ in tensors):
-        import kernels_triton
-
-        with torch.cuda.device_of(tensors[0][0]):
-            kernels_triton.keep_survivors_(tensors, score)
+    elif for_triton(tensors[0][0]) and all(p.dtype == torch.float32 and p.is_contiguous()
+                                           and p.device == tensors[0][0].device for p, *_ in tensors):
+        kernels_triton.keep_survivors_(tensors, score)
     else:
         return NotImplemented
     return None
@@ -184,11 +180,11 @@ def keep_survivors_(tensors, score):
 
 @torch.no_grad()  # which a thread does not inherit
 def keep_survivors_of_one_(p, k, j, neuron_dim, score):
-    scores = score(p)
+    scores = score(p).detach()
     bits = scores.view(SAME_SIZE_INT[scores.itemsize]).numpy()
+    bits = bits & np.iinfo(bits.dtype).max  # without the sign: a copy, as the scores may be anyone's
     if j:
         neurons = torch.from_numpy(bits).transpose(0, neuron_dim).contiguous()  # numpy transposes slowly
-        bits = bits.copy()  # the scores may be anyone's
         bits.swapaxes(0, neuron_dim)[largest(neurons.numpy(), j)] = np.iinfo(bits.dtype).max
     weights = p.detach().view(SAME_SIZE_INT[p.itemsize]).numpy()
     weights *= largest(bits.reshape(1, -1), k).reshape(bits.shape)

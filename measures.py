@@ -28,7 +28,7 @@ def evaluate(model, data, process, eval_iters, batch_size):
         for batch in starts.reshape(eval_iters, batch_size)[process.rank::process.world_size]:
             with process.autocast():
                 total += model(*windows(tokens, batch, block_size, process))[1]
-        loss = process.sum(total.item())[0] / eval_iters
+        loss = process.sum(total)[0].item() / eval_iters
         record[f"{split}/loss"] = loss
         record[f"{split}/bits_per_byte"] = data.bits_per_byte(split, loss)
     model.train()

@@ -57,19 +57,19 @@ def sink_attention(q, k, v, sink_logit, dropout_p):
 
 
 def score(p):
-    """The score of each weight of p, finite and at least 0. In training p.grad is this step's gradient."""
-    return p.abs()
+    """What ranks the weights of p, by magnitude: finite numbers. In training p.grad is this step's gradient."""
+    return p
 
 
 @kernels.hands_over_to(kernels.keep_survivors_)  # delete this line to change the definition
 def keep_survivors_(tensors, score):
-    """Zero, in place, all but the k entries of largest score in each of `tensors`: (p, k, j, neuron_dim).
+    """Zero, in place, all but the k entries of largest |score| in each of `tensors`: (p, k, j, neuron_dim).
 
     The j entries of largest score of each neuron of p are among the survivors whatever their rank. Neurons
     are the rows of a matrix p if neuron_dim is 0, its columns if 1; a tensor without neurons has j = 0.
     """
     for p, k, j, neuron_dim in tensors:
-        scores = score(p)
+        scores = score(p).abs()
         if j:  # with the neurons as rows, and back
             floor = largest(scores.transpose(neuron_dim, 0), j).transpose(0, neuron_dim)
             scores = scores.masked_fill(floor, torch.inf)

@@ -11,14 +11,15 @@ the folder gets its name only once it is complete.
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import sys
 import sysconfig
-import tempfile
 import time
 import zlib
 from collections import Counter, deque
@@ -27,17 +28,18 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import tiktoken
 
-from configurator import configure, fail
+from configurator import configure, fail, settings_of
 
 # -----------------------------------------------------------------------------
 # settings
-dataset = "python_stdlib"  # or files, by path or glob (** recurses): .txt, .py, .jsonl, .parquet, also .gz;
+dataset = "python_stdlib"  # or files, by path or glob (** recurses): .txt .md .py .jsonl .parquet, or .gz;
 #                            or 'owner/name' on the Hugging Face hub, or a folder with a copy of one
 subset = ""                # Hugging Face only: the configuration, for datasets that have several
 split = "train"            # Hugging Face only: where the training documents come from
 val_split = ""             # Hugging Face only: where validation documents come from; '' for val_fraction
-val_fraction = 0.01        # of the documents; a document's own bytes decide, wherever it stands
-text_column = "text"       # of .jsonl, .parquet and Hugging Face; a .txt or .py file is one document
+val_fraction = 0.01        # of the documents; its own bytes decide. Of an only document: its last part
+text_column = "text"       # of .jsonl, .parquet and Hugging Face; any other file is one document,
+separator = "<|endoftext|>"  # or several, if it is a .txt with this between them; '' never splits
 max_tokens = 0             # stop after the document that completes this many training tokens; 0 takes all
 tokenizer = "bpe"          # 'bpe' trains one on the data, 'bytes' has a token per byte; or the name of a
 #                            tiktoken encoding, such as 'gpt2'; or the path of an earlier tokenizer.json
@@ -47,8 +49,10 @@ name = ""                  # of the folder; '' makes one from `dataset`
 data_dir = "data"          # where the folder goes
 # -----------------------------------------------------------------------------
 
-FORMATS = (".txt", ".py", ".jsonl", ".parquet")
+FORMATS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 OUTPUTS = ("train.bin", "val.bin", "tokenizer.json", "meta.json")
+LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # which desktops leave in any folder
+PLUG_IN = "tinypython_2k is in the authors' package: pip install git+https://github.com/openai/circuit_sparsity"
 
 
 # -----------------------------------------------------------------------------
@@ -65,25 +69,40 @@ def is_held_out(data, fraction):
 
 
 def local_files():
-    """Return the files that `dataset` names, sorted, or None if it is for the `datasets` library to find."""
+    """Return the files that `dataset` names, sorted; None if it is for the `datasets` library to find."""
     if dataset == "python_stdlib":
         root = sysconfig.get_path("stdlib")
         paths = (os.path.join(folder, file) for folder, _, files in os.walk(root) for file in files)
         return sorted(path for path in paths  # in no site-packages, nor Debian's dist-packages
                       if path.endswith(".py") and "-packages" not in path[len(root):])
-    if os.path.isfile(dataset):
-        return [dataset]
+    if os.path.exists(dataset):
+        return [dataset] if os.path.isfile(dataset) else None
     if any(c in dataset for c in "*?[") or file_format(dataset) in FORMATS:
-        return sorted(filter(os.path.isfile, glob.glob(dataset, recursive=True)))
-    return None
+        paths = glob.glob(dataset.replace("[", "[[]"), recursive=True) or glob.glob(dataset, recursive=True)
+        return sorted(filter(os.path.isfile, paths))  # a bracket was first taken as part of a name
 
 
 def file_format(path):
     return os.path.splitext(path.removesuffix(".gz"))[1].lower()
 
 
+def split_documents(source, fraction, skipped):
+    """Yield (text, held out?) of each document, in fixed order; of an only one the end is held out."""
+    texts = read_documents(source, skipped)
+    first = list(itertools.islice(texts, 2))
+    if not first:
+        fail(f"no usable document in split {source!r} of {dataset!r}, {summary(skipped)}; files: {FORMATS}")
+    if len(first) == 1 < len(first[0]) and 0 < fraction < 1:
+        tail = max(1, int(fraction * len(first[0])))
+        yield first[0][-tail:], True  # before the rest, after which max_tokens may end all
+        yield first[0][:-tail], False
+    else:
+        for text in itertools.chain(first, texts):
+            yield text, is_held_out(text.encode(), fraction)
+
+
 def read_documents(source, skipped):
-    """Yield the text of each document, always in the same order; count in `skipped` those of no use."""
+    """Yield the texts that are of use; count in `skipped` those that are not."""
     paths = local_files()
     for document in read_hub(source) if paths is None else read_files(paths, skipped):
         try:
@@ -102,13 +121,13 @@ def read_documents(source, skipped):
 
 def read_hub(source):
     """Yield the text column of a Hugging Face dataset as it arrives; nothing of it is stored."""
-    import datasets
+    from datasets import load_dataset
     print(f"streaming {dataset}, split {source}", flush=True)
     logging.getLogger("huggingface_hub").setLevel("ERROR")  # our one line at the end, not one for each retry
     try:
-        rows = datasets.load_dataset(dataset, subset or None, split=source, streaming=True)
+        rows = load_dataset(dataset, subset or None, split=source, streaming=True)
         if os.path.isdir(dataset) and rows.info.builder_name == "text":
-            fail(f"every line in {dataset} would become a document: write --dataset='{dataset}/**/*.txt'")
+            fail("every line would become a document: write " + shlex.quote(f"--dataset={dataset}/**/*.txt"))
         for row in rows:
             check_column(row, dataset)
             yield row[text_column]
@@ -118,21 +137,30 @@ def read_hub(source):
 
 
 def read_files(paths, skipped):
-    """Yield what the files hold: all bytes of a .txt or .py, the text column of each row of the others."""
+    """Yield the documents of all files; what was read of a file before it breaks off is kept."""
     for path in paths:
-        kind = file_format(path)
+        rows = 0
         try:
             with (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
-                if kind == ".jsonl":
-                    yield from read_jsonl(f, path, skipped)
-                elif kind == ".parquet":
-                    yield from read_parquet(f, path)
-                elif kind in FORMATS:
-                    yield f.read()
-                else:
-                    skipped["unknown format"] += 1
+                for rows, document in enumerate(read_file(f, path, skipped), start=1):
+                    yield document
         except (OSError, EOFError, zlib.error, ValueError, RuntimeError):  # no permission, or broken
-            skipped["unreadable"] += 1
+            skipped[f"unreadable after {rows:,} rows" if rows else "unreadable"] += 1
+
+
+def read_file(f, path, skipped):
+    """Yield what a file holds: the text column of rows of .jsonl and .parquet, all bytes of the others."""
+    kind = file_format(path)
+    if kind == ".jsonl":
+        yield from read_jsonl(f, path, skipped)
+    elif kind == ".parquet":
+        yield from read_parquet(f, path)
+    elif kind in FORMATS:
+        texts = [f.read().removeprefix(b"\xef\xbb\xbf")]  # a byte order mark
+        texts = texts[0].split(separator.encode()) if separator and kind == ".txt" else texts
+        yield from filter(None, map(bytes.strip, texts)) if len(texts) > 1 else texts
+    else:
+        skipped["unknown format"] += 1
 
 
 def read_jsonl(f, path, skipped):
@@ -141,7 +169,7 @@ def read_jsonl(f, path, skipped):
     for line in filter(bytes.strip, f):
         try:
             row = dict(json.loads(line))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             skipped["broken line"] += 1
             continue
         if first:
@@ -156,14 +184,10 @@ def read_jsonl(f, path, skipped):
 def read_parquet(f, path):
     """Yield the text column, with one batch of rows in memory at a time."""
     import pyarrow.parquet
-    with tempfile.TemporaryFile() as unpacked:
-        if path.endswith(".gz"):  # Parquet is read from its end, so a compressed file is unpacked first
-            shutil.copyfileobj(f, unpacked)
-            f = unpacked
-        table = pyarrow.parquet.ParquetFile(f)
-        check_column(table.schema_arrow.names, path)
-        for rows in table.iter_batches(batch_size=1000, columns=[text_column]):
-            yield from rows.column(0).to_pylist()
+    table = pyarrow.parquet.ParquetFile(f)
+    check_column(table.schema_arrow.names, path)
+    for rows in table.iter_batches(batch_size=1000, columns=[text_column]):
+        yield from rows.column(0).to_pylist()
 
 
 def check_column(columns, where):
@@ -184,7 +208,7 @@ def get_encoding():
     known = tiktoken.list_encoding_names()
     if tokenizer not in known and not tokenizer.endswith(".json"):
         fail(f"tokenizer={tokenizer!r} does not exist: choose 'bpe', 'bytes', the path of a tokenizer.json, "
-             f"or a tiktoken encoding: {', '.join(known)}")
+             f"or a tiktoken encoding: {', '.join(known)}; {PLUG_IN}")
     try:
         encoding = tiktoken.get_encoding(tokenizer) if tokenizer in known else load_tokenizer(tokenizer)
     except Exception as e:  # noqa: BLE001 - what a failed download raises depends on the plug-in
@@ -200,13 +224,13 @@ def get_encoding():
 
 def train_bpe():
     """Train a byte-level BPE of `vocab_size` tokens on the training text; <|endoftext|> is the last id."""
-    import rustbpe
+    from rustbpe import Tokenizer
     print(f"training a tokenizer of {vocab_size:,} tokens", flush=True)
-    trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(training_sample(), vocab_size - 1)
+    trainer, skipped = Tokenizer(), Counter()
+    trainer.train_from_iterator(training_sample(skipped), vocab_size - 1)
     if trainer.vocab_size < vocab_size - 1:
-        fail(f"vocab_size={vocab_size} needs more training text: this gives {trainer.vocab_size + 1}; "
-             "lower --vocab_size, add text, or take --tokenizer=bytes")
+        fail(f"vocab_size={vocab_size} needs more training text: this gives {trainer.vocab_size + 1}, "
+             f"{summary(skipped)}; lower --vocab_size, add text, or take --tokenizer=bytes")
     # Two merges may spell the same bytes. tiktoken only knows the first; the id of the second stays unused.
     merges = sorted(trainer.get_mergeable_ranks(), key=lambda merge: merge[1], reverse=True)
     ranks = {bytes(token): i for token, i in merges}
@@ -214,14 +238,14 @@ def train_bpe():
                              special_tokens={"<|endoftext|>": vocab_size - 1})
 
 
-def training_sample():
+def training_sample(skipped):
     """Yield the first `bpe_sample_bytes` of the training text, in pieces that the trainer's regular
     expression can take: a very long run of spaces overflows its stack."""
     source, fraction = passes()[0]
     left = bpe_sample_bytes
-    for text in read_documents(source, skipped=Counter()):
-        data = text.encode()
-        if not is_held_out(data, fraction):
+    for text, held_out in split_documents(source, fraction, skipped):
+        if not held_out:
+            data = text.encode()
             text = data[:left].decode(errors="ignore")
             yield from (text[i:i + 50_000] for i in range(0, len(text), 50_000))
             left -= len(data)
@@ -265,26 +289,24 @@ def load_tokenizer(path):
 # -----------------------------------------------------------------------------
 # encoding
 
-def encode_documents(documents, encoding, fraction):
+def encode_documents(documents, encoding):
     """Yield (ids, number of bytes, held out?) of each document, in order, encoded by all cores just ahead.
 
-    ids is a uint16 array that ends with <|endoftext|>, or None if the encoding's regular expression
-    overflows its stack, as on a million spaces in a row. Text that spells <|endoftext|> is encoded like any
-    other.
+    ids, uint16, ends with <|endoftext|>; None if the encoding's regular expression overflows its stack, as
+    on a million spaces in a row. Text that spells <|endoftext|> is encoded like any other.
     """
-    def encode(text):
-        data = text.encode()
+    def encode(text, held_out):
         try:
             ids = encoding.encode_to_numpy(text, disallowed_special=())
             ids = np.append(ids, np.uint32(encoding.eot_token)).astype("<u2")
         except ValueError:
             ids = None
-        return ids, len(data), is_held_out(data, fraction)
+        return ids, len(text.encode()), held_out
 
     workers, ahead, characters_ahead = os.cpu_count(), deque(), 0
     with ThreadPoolExecutor(workers) as pool:
-        for text in documents:
-            ahead.append((pool.submit(encode, text), len(text)))
+        for text, held_out in documents:
+            ahead.append((pool.submit(encode, text, held_out), len(text)))
             characters_ahead += len(text)
             while characters_ahead > workers * 2**20:
                 future, size = ahead.popleft()
@@ -301,8 +323,8 @@ def write_bins(folder, encoding, skipped):
     live = sys.stdout.isatty()
     with open(f"{folder}/train.bin", "wb") as train, open(f"{folder}/val.bin", "wb") as val:
         for source, fraction in passes():
-            documents = read_documents(source, skipped)
-            for ids, size, held_out in encode_documents(documents, encoding, fraction):
+            documents = split_documents(source, fraction, skipped)
+            for ids, size, held_out in encode_documents(documents, encoding):
                 if ids is None:
                     skipped["not tokenizable"] += 1
                     continue
@@ -325,8 +347,13 @@ def check_settings(folder, target):
     """End the script if a setting makes no sense, or if `target` is not ours to replace."""
     if not re.fullmatch(r"[\w-][\w.-]*", folder):
         fail(f"{folder!r} is no name for a folder: give --name=, of letters, digits, '_', '-' and '.'")
-    if os.path.exists(target) and not (os.path.isdir(target) and set(os.listdir(target)) <= set(OUTPUTS)):
-        fail(f"{target} holds what prepare.py did not write: choose another --name")
+    foreign = sorted(set(os.listdir(target)) - {*OUTPUTS, *LITTER}) if os.path.exists(target) else []
+    if foreign:
+        fail(f"{target} holds {foreign[0]}, which prepare.py did not write: choose another --name")
+    if os.path.exists(f"{target}/meta.json") and not name:
+        with open(f"{target}/meta.json", encoding="utf-8", errors="replace") as f:
+            if f'"dataset": {json.dumps(dataset)}' not in f.read():
+                fail(f"{target} was not made of dataset={dataset!r}: choose a --name, or delete that folder")
     paths = local_files()
     if paths == []:
         fail(f"no file matches dataset={dataset!r}, seen from {os.getcwd()}")
@@ -349,16 +376,11 @@ def build(folder):
     skipped = Counter()
     counts = write_bins(folder, encoding, skipped)
     train, val = counts["train"]["documents"], counts["val"]["documents"]
-    if not train and not val:
-        fail(f"dataset={dataset!r} has no usable document, {summary(skipped)}; files: {', '.join(FORMATS)}")
     if not train or not val:
-        remedy = (f"take another --{'val_split' if train else 'split'}" if val_split else
-                  f"{'raise' if train else 'lower'} --val_fraction, or cut the text into more documents")
-        fail(f"all {train + val} documents are in {'train' if train else 'val'}.bin, none is left: {remedy}")
-    source = {key: globals()[key] for key in
-              ("dataset", "subset", "split", "val_split", "val_fraction", "text_column", "max_tokens")}
+        fail(f"{train} documents are in train.bin and {val} in val.bin, {summary(skipped)}: "
+             f"{'raise' if train else 'lower'} --val_fraction, or cut the text into more documents")
     meta = {"vocab_size": encoding.n_vocab, "tokenizer": encoding.name, "tokenizer_sha256": digest, **counts,
-            "source": source, "skipped": skipped, "date": time.strftime("%Y-%m-%d")}
+            "source": settings_of(globals()), "skipped": skipped, "date": time.strftime("%Y-%m-%d")}
     with open(f"{folder}/meta.json", "w", encoding="utf-8") as f:
         json.dump(meta, f, indent=1)
     return meta
@@ -400,9 +422,11 @@ def main(argv=None):
     configure(globals(), argv)
     start = time.time()
     folder = name or re.sub(r"[^\w-]+", "_", dataset).strip("_")
-    parent = data_dir or "."
-    target, new, old = (os.path.join(parent, entry) for entry in
-                        (folder, f".{folder}.new-{os.getpid()}", f".{folder}.old-{os.getpid()}"))
+    target = os.path.join(data_dir or ".", folder)
+    if os.path.islink(target):  # to a larger disk, perhaps: all is written there
+        target = os.path.realpath(target)
+    parent, entry = os.path.split(target)
+    new, old = (os.path.join(parent, f".{entry}.{kind}-{os.getpid()}") for kind in ("new", "old"))
     try:
         check_settings(folder, target)
         os.makedirs(parent, exist_ok=True)
@@ -428,8 +452,8 @@ def main(argv=None):
           f"{val['tokens']:,} validation tokens in {val['documents']:,}; {summary(meta['skipped'])}")
     print(f"vocabulary {meta['vocab_size']:,} ({meta['tokenizer']}), {bytes_per_token:.2f} bytes per token, "
           f"{time.time() - start:.1f} s")
-    place = folder if parent == "data" else os.path.abspath(target)
-    print(f"next: python train.py config/quickstart.py --dataset={place}")
+    place = folder if data_dir == "data" else os.path.abspath(target)
+    print("next:", shlex.join(["python", "train.py", "config/quickstart.py", f"--dataset={place}"]))
 
 
 if __name__ == "__main__":

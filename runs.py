@@ -1,8 +1,7 @@
 """What a run stands on: its process and device, the data, out_dir with its checkpoints and log, signals.
 
-train.py has the method and the loop, and hands in what is needed here; sample.py, circuit.py and the
-experiments open data and trained models by the same functions. What a user can mend ends the script with one
-line (`configurator.fail`).
+train.py has the method and the loop; sample.py, circuit.py and the experiments open data and trained models
+by the same functions. What a user can mend ends the script with one line (`configurator.fail`).
 """
 import fcntl
 import hashlib
@@ -15,7 +14,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
@@ -35,7 +34,6 @@ from model import GPT, GPTConfig
 @dataclass
 class Process:
     """One of the processes of a run, which are all alike but for their rank."""
-
     rank: int
     world_size: int
     device: torch.device
@@ -46,16 +44,21 @@ class Process:
         return torch.autocast(self.device.type, dtype=self.dtype) if lower else nullcontext()
 
     def sum(self, *values):
-        """Sum each of `values`, numbers, over all ranks: every rank gets the same list of floats."""
-        values = torch.tensor(values, dtype=torch.float64, device=self.device)
+        """Sum each of `values`, numbers or tensors (), over all ranks: a float64 tensor (len(values)).
+
+        Nothing waits for the device until it is read.
+        """
+        values = torch.stack([torch.as_tensor(v, dtype=torch.float64).to(self.device, non_blocking=True)
+                              for v in values])
         if self.world_size > 1:
             dist.all_reduce(values)
-        return values.tolist()
+        return values
 
 
 def this_process(device="auto", dtype="auto"):
     """Choose device and precision; under torchrun, join the other processes."""
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()  # all by torchrun
+    rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if launched else (0, 1)
     local_rank, here = os.environ.get("LOCAL_RANK", "0"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         fail(f"device={device!r} does not exist: choose auto, cpu, cuda or cuda:N")
@@ -85,11 +88,19 @@ def this_process(device="auto", dtype="auto"):
     return Process(rank, world_size, device, legal[dtype])
 
 
+def can_compile(device):
+    """Whether torch.compile works: a compiler that is there may lack a header, or a place to write to."""
+    try:
+        return has_compiler(device.type) and bool(torch.compile(torch.exp)(torch.zeros(1, device=device)))
+    except Exception:  # noqa: BLE001  a compiler can fail in any way
+        return False
+
+
 def compile_blocks(model, process):
     """Compile the blocks, in place: they share one compilation, and the raw model stays what is saved."""
-    if not has_compiler(process.device.type):
+    if not can_compile(process.device):
         if process.rank == 0:
-            print("no compiler (gcc, g++) or no Python.h (python3-dev): running without torch.compile")
+            print("no working gcc and g++, or no Python.h (python3-dev): running without torch.compile")
         return
     torch._dynamo.config.optimize_ddp = False  # blocks are small enough for DDP
     for block in model.transformer.h:
@@ -117,7 +128,6 @@ def check_ranks_agree(model, process, step, out_dir):
 @dataclass
 class Data:
     """What prepare.py wrote to a folder. The tokens are memory-mapped, so a corpus may exceed the memory."""
-
     train: np.memmap
     val: np.memmap
     meta: dict
@@ -150,10 +160,9 @@ def load_data(folder, block_size):
     tokens = {}
     for split, expected in sizes.items():
         path = os.path.join(folder, f"{split}.bin")
-        size = os.path.getsize(path) if os.path.isfile(path) else -1
+        size = os.path.getsize(path) if os.path.isfile(path) else "no"
         if size != 2 * expected:
-            found = f"{size} bytes" if size >= 0 else "no such file"
-            fail(f"{path} should hold {expected} tokens in {2 * expected} bytes, but has {found}: {remedy}")
+            fail(f"{path} should hold {expected} tokens in {2 * expected} bytes, has {size} bytes: {remedy}")
         if expected <= block_size:
             fail(f"{path} holds {expected} tokens, fewer than one window of block_size={block_size}: "
                  "prepare more data, or train with a smaller --block_size")
@@ -202,8 +211,8 @@ def start_out_dir(out_dir, tokenizer):
             while os.path.exists(aside := os.path.join(out_dir, f"previous-{n}")):
                 n += 1
             os.mkdir(aside)
-            for name in ("ckpt.pt", "best.pt", "log.jsonl", "tokenizer.json"):
-                if os.path.exists(os.path.join(out_dir, name)):
+            for name in os.listdir(out_dir):
+                if re.fullmatch(r"(ckpt|best|finished-\d+)\.pt|log\.jsonl|tokenizer\.json", name):
                     os.replace(os.path.join(out_dir, name), os.path.join(aside, name))
             print(f"{out_dir} held another run, which is now in {aside}")
         with open(os.path.join(out_dir, "tokenizer.json"), "w", encoding="utf-8") as f:
@@ -213,14 +222,15 @@ def start_out_dir(out_dir, tokenizer):
 
 
 def save_checkpoint(path, model, optimizer, scaler, **more):
-    """Write a checkpoint beside `path` and rename it into place: whatever happens, a whole one is there.
+    """Save what a run needs to go on; `more` is what `load_checkpoint` expects beside the states. Nothing
+    random is: all that is random in training is a function of the seed and the step."""
+    write_checkpoint(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                            "scaler": scaler.state_dict(), "config": asdict(model.config),
+                            "torch": str(torch.__version__), **more})
 
-    `more` is what `load_checkpoint` expects beside the states. The random state takes no room: all that is
-    random in training is a function of the seed and the step.
-    """
-    checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                  "scaler": scaler.state_dict(), "config": asdict(model.config),
-                  "torch": str(torch.__version__), **more}
+
+def write_checkpoint(path, checkpoint):
+    """Write it beside `path` and rename it into place: whatever happens, a whole one is there."""
     try:
         with open(path + ".tmp", "wb") as f:
             torch.save(checkpoint, f)
@@ -231,6 +241,15 @@ def save_checkpoint(path, model, optimizer, scaler, **more):
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
         fail(f"cannot write {path} ({e}); the one before it is whole: make room, then --init_from=resume")
+
+
+def keep_finished(out_dir, checkpoint, max_iters):
+    """Keep the model of a run that was complete and now goes on to `max_iters`; say so, in a few words."""
+    path = os.path.join(out_dir, f"finished-{checkpoint['step']}.pt")
+    if not checkpoint["step"] == checkpoint["settings"]["max_iters"] < max_iters:
+        return ""
+    write_checkpoint(path, checkpoint)
+    return f"; the finished model stays in {path}, and best.pt until a better one is as sparse"
 
 
 def load_checkpoint(path):
@@ -253,10 +272,11 @@ def load_checkpoint(path):
 
 
 def model_of(checkpoint):
-    """The model that a checkpoint holds."""
+    """The model that a checkpoint holds; like a released one it has the `tokenizer_sha256` of its data."""
     try:
         model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
+        model.tokenizer_sha256 = checkpoint["tokenizer_sha256"]
     except (RuntimeError, TypeError, ValueError) as e:
         reason = " ".join(str(e).split())
         fail(f"the checkpoint does not fit model.py, use the code that wrote it: {reason}")
@@ -276,12 +296,17 @@ def load_run(out_dir, name):
     return checkpoint, model, data
 
 
-def load_released(folder):
-    """A model in the format of github.com/openai/circuit_sparsity."""
+def load_start(init_from):
+    """The model in an out_dir, a checkpoint or a released model's folder; the path of its tokenizer.json."""
+    path = init_from if os.path.isfile(init_from) else os.path.join(init_from, "ckpt.pt")
+    tokenizer = os.path.join(os.path.dirname(path), "tokenizer.json")
+    if os.path.isfile(path):
+        return model_of(load_checkpoint(path)), tokenizer
     try:
-        return released.read(folder)
+        return released.read(init_from), tokenizer
     except (OSError, ValueError) as e:
-        fail(f"init_from={folder} must be 'scratch', 'resume' or the folder of a released model: {e}")
+        fail(f"init_from={init_from} must be 'scratch', 'resume', an out_dir with a ckpt.pt, a checkpoint "
+             f"or the folder of a released model: {e}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -291,9 +316,9 @@ def load_released(folder):
 class Log:
     """Where the records of a run go: the terminal, out_dir/log.jsonl and, if asked, wandb."""
 
-    def __init__(self, out_dir, start):
+    def __init__(self, out_dir, start, wandb_id=None):
         """Records from step `start` on will be made again: drop those that an interrupted run left."""
-        self.path, self.wandb = os.path.join(out_dir, "log.jsonl"), None
+        self.path, self.wandb, self.wandb_id = os.path.join(out_dir, "log.jsonl"), None, wandb_id
         try:
             kept = []
             if start and os.path.exists(self.path):
@@ -307,17 +332,18 @@ class Log:
             fail(f"cannot rewrite {self.path} ({e}): repair it or move it away")
 
     def start_wandb(self, project, name, settings):
-        """Send what is written from now on to wandb too. `name`, if empty, is the last part of out_dir."""
+        """Send what is written to wandb too, to a new run or to `wandb_id`; name '': out_dir's last part."""
         try:
-            import wandb
+            from wandb import Error, init  # not the package alone, which any folder named wandb would do for
         except ImportError:
             fail("wandb is not installed: pip install -r requirements.txt, or --wandb_log=False")
         folder = os.path.dirname(os.path.abspath(self.path))
         try:
-            self.wandb = wandb.init(project=project, name=name or os.path.basename(folder), dir=folder,
-                                    config=settings)
-        except wandb.Error as e:
+            self.wandb = init(project=project, name=name or os.path.basename(folder), dir=folder,
+                              config=settings, id=self.wandb_id, resume="allow" if self.wandb_id else None)
+        except Error as e:
             fail(f"wandb: {' '.join(str(e).split())} (or set WANDB_MODE=offline, or --wandb_log=False)")
+        self.wandb_id = self.wandb.id
 
     def write(self, record):
         """Write one record, a dict of numbers with their step."""
@@ -328,6 +354,13 @@ class Log:
             fail(f"cannot write {self.path} ({e.strerror}): make room, then --init_from=resume")
         if self.wandb:
             self.wandb.log(record, step=record["step"])
+        try:
+            self.show(record)
+        except OSError:  # the terminal is gone, or the reader of a pipe: nobody is told, and the run stops
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    def show(self, record):
         line = f"step {record['step']:5d}"
         if "val/loss" in record:
             print(f"{line} | train loss {record['train/loss']:.4f} | val loss {record['val/loss']:.4f} | "
@@ -347,6 +380,18 @@ class Log:
 # how a run ends
 
 
+@contextmanager
+def memory_errors_explained():
+    """Decorates a main that may run out of memory, the CPU's or the GPU's: one line then says what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and not re.search("out of memory|can't allocate", str(e)):
+            raise
+        fail("out of memory: halve --batch_size, and double --gradient_accumulation_steps and --eval_iters, "
+             "which keeps the size of a step; or choose a smaller model")
+
+
 def stop(message, out_dir):
     """End a run that cannot go on, naming what is left of it: exit status 1. No checkpoint is written."""
     path = os.path.join(out_dir, "ckpt.pt")
@@ -357,7 +402,7 @@ def stop(message, out_dir):
 
 
 class StopSignal:
-    """Notes SIGINT or SIGTERM, for the loop to see after the step. A second one ends the process at once.
+    """Notes a signal, for the loop to see after the step. A second SIGINT or SIGTERM ends all at once.
 
     A scheduler that signals all processes reaches those of torchrun twice, as torchrun passes its own signal
     on: there, a second one counts only if it comes seconds later.
@@ -365,12 +410,13 @@ class StopSignal:
 
     def __init__(self):
         self.received = None  # when
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+                signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         grace = 5 if "LOCAL_RANK" in os.environ else 0
-        if self.received and time.monotonic() - self.received >= grace:
+        if number != signal.SIGHUP and self.received and time.monotonic() - self.received >= grace:
             os._exit(128 + number)
         self.received = self.received or time.monotonic()
 

@@ -12,12 +12,12 @@ import torch
 
 from configurator import configure, fail
 from kernels import use_sparse_linears_
-from prepare import load_tokenizer
-from runs import load_checkpoint, load_released, model_of, this_process
+from prepare import PLUG_IN, load_tokenizer, one_line
+from runs import load_checkpoint, load_start, model_of, this_process
 
 out_dir = "out"  # of the training run
 checkpoint = "ckpt.pt"  # in out_dir: 'ckpt.pt' is the latest, 'best.pt' the one of the best val loss
-init_from = "resume"  # out_dir's checkpoint; or the folder of a released model
+init_from = "resume"  # out_dir's checkpoint; or another's path, or the folder of a released model
 start = "<|endoftext|>"  # the prompt, or FILE:path of a text with it; the default begins a new document
 num_samples = 3
 max_new_tokens = 200
@@ -39,22 +39,22 @@ def check_settings():
 
 def load_model():
     """The model to sample from, and its tokenizer."""
-    folder = out_dir if init_from == "resume" else init_from
-    path = os.path.join(folder, "tokenizer.json")
+    if init_from == "resume":
+        model = model_of(load_checkpoint(os.path.join(out_dir, checkpoint)))
+        path = os.path.join(out_dir, "tokenizer.json")
+    else:
+        model, path = load_start(init_from)
     try:
-        if init_from == "resume":
-            saved = load_checkpoint(os.path.join(out_dir, checkpoint))
-            model = model_of(saved)
-            with open(path, "rb") as f:
-                if hashlib.sha256(f.read()).hexdigest() != saved["tokenizer_sha256"]:
-                    raise ValueError(f"{path} is not the one that the model was trained with")
-        else:
-            model = load_released(init_from)
-            if not os.path.exists(path):  # released models name a tiktoken encoding
-                return model, tiktoken.get_encoding(model.tokenizer_name)
+        if not model.tokenizer_sha256:  # a released model names a tiktoken encoding
+            if model.tokenizer_name not in tiktoken.list_encoding_names():
+                raise ValueError(f"{model.tokenizer_name} is no tiktoken encoding; {PLUG_IN}")
+            return model, tiktoken.get_encoding(model.tokenizer_name)
+        with open(path, "rb") as f:
+            if hashlib.sha256(f.read()).hexdigest() != model.tokenizer_sha256:
+                raise ValueError(f"{path} is not the one that the model was trained with")
         return model, load_tokenizer(path)
     except (OSError, ValueError) as e:
-        fail(f"no tokenizer for {folder} ({e}): copy the tokenizer.json of the model's data to {path}")
+        fail(f"no tokenizer ({one_line(e)}): copy the tokenizer.json of the model's data to {path}")
 
 
 def read_prompt(tokenizer, block_size):
@@ -62,7 +62,7 @@ def read_prompt(tokenizer, block_size):
     text = start
     if start.startswith("FILE:"):
         try:
-            with open(start[len("FILE:"):], encoding="utf-8") as f:
+            with open(os.path.expanduser(start[len("FILE:"):]), encoding="utf-8-sig") as f:
                 text = f.read()
         except (OSError, UnicodeDecodeError) as e:
             fail(f"cannot read the prompt {start[len('FILE:'):]} ({e}): give the path of a UTF-8 text")

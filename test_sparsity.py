@@ -1052,7 +1052,8 @@ def forget_settings():
 def run(command):
     """What the command line `command` does, such as 'train.py tiny.py', in this process; its exit status."""
     forget_settings()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    handlers = {number: signal.getsignal(number) for number in signals}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", shlex.split(command))
         try:

@@ -12,6 +12,7 @@ loop needs. What a run stands on is in runs.py, what is measured of it in measur
 import math
 import os
 import time
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import fields
 
@@ -36,9 +37,11 @@ from runs import (
     check_ranks_agree,
     claim_out_dir,
     compile_blocks,
+    keep_finished,
     load_checkpoint,
     load_data,
-    load_released,
+    load_start,
+    memory_errors_explained,
     model_of,
     resume_command,
     save_checkpoint,
@@ -92,7 +95,8 @@ max_iters = 10000  # updates
 seed = 1337  # of the weights and of the order of the data
 # evaluation, checkpoints, logs
 out_dir = "out"  # ckpt.pt, best.pt, log.jsonl and tokenizer.json are written here
-init_from = "scratch"  # or 'resume' (out_dir's run goes on), or the folder of a released model
+init_from = "scratch"  # or 'resume': out_dir's run goes on; or an out_dir, a checkpoint or the folder of a
+#                        released model, with whose weights a new run begins
 eval_interval = 250  # updates between evaluations, with a checkpoint at each
 eval_iters = 20  # micro-batches of each split in an evaluation
 log_every_n_steps = 1  # loss, rates, activation statistics
@@ -240,10 +244,10 @@ def record_of_update(model, step, loss, rms, seconds):
     return record
 
 
-def save(name, model, optimizer, scaler, step, best, data):
+def save(name, model, optimizer, scaler, step, best, data, log):
     save_checkpoint(os.path.join(out_dir, name), model, optimizer, scaler, settings=settings_of(globals()),
                     step=step, best_l0=best[0], best_val_loss=best[1],
-                    tokenizer_sha256=data.meta["tokenizer_sha256"])
+                    tokenizer_sha256=data.meta["tokenizer_sha256"], wandb_id=log.wandb_id)
 
 
 def evaluate_and_save(model, optimizer, scaler, data, process, step, best, log):
@@ -257,8 +261,8 @@ def evaluate_and_save(model, optimizer, scaler, data, process, step, best, log):
     if process.rank == 0:
         log.write({"step": step, **losses, "val/best_loss": best[1]})
         if better:
-            save("best.pt", model, optimizer, scaler, step, best, data)
-        save("ckpt.pt", model, optimizer, scaler, step, best, data)
+            save("best.pt", model, optimizer, scaler, step, best, data, log)
+        save("ckpt.pt", model, optimizer, scaler, step, best, data, log)
     return best
 
 
@@ -270,10 +274,27 @@ def announce(model, process):
           f"{process.world_size} x {process.device.type}, {process.dtype}", flush=True)
 
 
-def train(process, data, model, optimizer, scaler, step, best):
+def read(unread, at_once, process, scaler):
+    """Mean loss and RMS of the last update read, and whether to stop; ends the run if they are no numbers.
+
+    Reading waits for the device. So the newest is left unread while the next step begins, unless it is
+    needed `at_once`: to be logged, or because the model may be saved next.
+    """
+    loss = rms = stopping = 0.0
+    while len(unread) > (0 if at_once or stopping else 1):
+        step, numbers = unread.popleft()
+        loss, rms, stopping = numbers.tolist()
+        loss, rms = loss / process.world_size, rms / process.world_size
+        overflow = not math.isfinite(rms) and scaler.is_enabled()  # of float16: Adam was skipped
+        if not math.isfinite(loss) or not (math.isfinite(rms) or overflow):
+            stop(f"at step {step} the loss is {loss} and the gradients' RMS {rms}", out_dir)
+    return loss, rms, stopping
+
+
+def train(process, data, model, optimizer, scaler, step, best, wandb_id):
     """Make the updates from `step` on, with all that goes on around them. best: (L0, val loss) so far."""
     master = process.rank == 0
-    log = Log(out_dir, step) if master else None
+    log = Log(out_dir, step, wandb_id) if master else None
     if master and wandb_log:
         log.start_wandb(wandb_project, wandb_run_name, settings_of(globals()))
     stop_signal = StopSignal()
@@ -283,7 +304,7 @@ def train(process, data, model, optimizer, scaler, step, best):
     network = model
     if process.world_size > 1:
         network = DistributedDataParallel(model, [process.device] if process.device.type == "cuda" else None)
-    seconds, updates = 0.0, 0  # since they were last logged
+    seconds, updates, unread = 0.0, 0, deque()  # the first two since they were last logged
     if master:
         announce(model, process)
 
@@ -300,12 +321,10 @@ def train(process, data, model, optimizer, scaler, step, best):
         rms = update_(model, optimizer, scaler, step)
         # All ranks come here: what needs them all is summed in this one message. With the stop signal as a
         # number in it, they stop after the same step.
-        loss, rms, stopping = process.sum(loss.item() / process.world_size, rms.item() / process.world_size,
-                                          float(stop_signal.received is not None))
+        unread.append((step, process.sum(loss, rms, float(stop_signal.received is not None))))
+        at_once = due(step, log_every_n_steps) or (step + 1) % eval_interval == 0 or step + 1 == max_iters
+        loss, rms, stopping = read(unread, at_once, process, scaler)
         seconds, updates = seconds + time.perf_counter() - begun, updates + 1
-        overflow = not math.isfinite(rms) and scaler.is_enabled()  # of float16: Adam was skipped
-        if not math.isfinite(loss) or not (math.isfinite(rms) or overflow):
-            stop(f"at step {step} the loss is {loss} and the gradients' RMS {rms}", out_dir)
 
         if master:
             record |= record_of_update(model, step, loss, rms, seconds / updates)
@@ -318,7 +337,7 @@ def train(process, data, model, optimizer, scaler, step, best):
         if stopping:
             check_ranks_agree(model, process, step, out_dir)
             if master:
-                save("ckpt.pt", model, optimizer, scaler, step, best, data)
+                save("ckpt.pt", model, optimizer, scaler, step, best, data, log)
                 print(f"stopped before step {step}; go on with: {resume_command()}", flush=True)
             break
 
@@ -340,7 +359,7 @@ def check_settings(world_size):
         ("beta1 beta2", lambda v: 0 <= v < 1, "must be at least 0 and less than 1"),
         ("target_l0_fraction", lambda v: 0 < v <= 1, "must be more than 0 and at most 1; 1 trains dense"),
         ("learning_rate eps weight_decay grad_clip_rms min_weights_per_neuron log_every_n_steps",
-         lambda v: 0 <= v < math.inf, "must not be negative"),
+         lambda v: 0 <= v < 1e18, "must be at least 0 and less than 1e18"),  # the largest float32 is 3e38
         ("seed", lambda v: 0 <= v < 2**63, "must not be negative, nor more than 63 bits"),
         ("log_gradients_every_n_steps log_weights_every_n_steps log_sparsity_every_n_steps",
          lambda v: v >= 0, "must not be negative; 0 never logs"),
@@ -376,39 +395,45 @@ def build_model(model, vocab_size, given):
     return model
 
 
-def check_tokenizer(model, data):
-    """End the script if a model that `released.read` brought has another tokenizer than the data."""
-    needed, same = model.tokenizer_name, model.tokenizer_name == data.meta["tokenizer"]
-    if model.tokenizer_sha256:  # the tokenizer itself is at hand: compare it, not its name
-        needed = os.path.join(init_from, "tokenizer.json")
-        same = model.tokenizer_sha256 == data.meta["tokenizer_sha256"]
+def check_tokenizer(model, path, data):
+    """End the script if the data has another tokenizer than the model to go on with, whose is at `path`."""
+    if model.tokenizer_sha256:
+        needed, same = path, model.tokenizer_sha256 == data.meta["tokenizer_sha256"]
+    else:  # a released model, which came without it
+        needed, same = model.tokenizer_name, model.tokenizer_name == data.meta["tokenizer"]
     if not same:
         fail(f"data/{dataset} was made with --tokenizer={data.meta['tokenizer']}, but the model needs "
              f"{needed}: prepare the data with it")
 
 
+def rates_after(step):
+    """Where the schedules stand after `step` updates, in words."""
+    last = max(step - 1, 0)
+    return f"L0 {l0_at(last):.4g}, lr {lr_at(last):.2e}"
+
+
+@memory_errors_explained()
 def main():
     given = configure(globals())
     checkpoint, model, adopted = None, None, {}
     if init_from == "resume":  # with the settings of the run, but for those that are given now
         checkpoint = load_checkpoint(os.path.join(out_dir, "ckpt.pt"))
+        model, tokenizer_path = model_of(checkpoint), os.path.join(out_dir, "tokenizer.json")
         known = settings_of(globals()).keys() - {"out_dir", "init_from"}
         adopted = {k: v for k, v in checkpoint["settings"].items() if k in known}
     elif init_from != "scratch":
-        model = load_released(init_from)
+        model, tokenizer_path = load_start(init_from)
         adopted = {name: getattr(model.config, name) for name in MODEL_SETTINGS}
     changed = {k: globals()[k] for k in sorted(given & adopted.keys()) if globals()[k] != adopted[k]}
-    globals().update(adopted | changed)  # the checkpoint's or the model's settings, then those given now
+    globals().update(adopted)  # the checkpoint's or the model's settings, then those given now
+    before = rates_after(checkpoint["step"]) if checkpoint else ""
+    globals().update(changed)
     process = this_process(device, dtype)
     check_settings(process.world_size)
     data = load_data(os.path.join("data", dataset), block_size)
     torch.manual_seed(seed)  # for the weights
     if model:
-        check_tokenizer(model, data)
-    if checkpoint:
-        if checkpoint["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
-            fail(f"data/{dataset} has another tokenizer than the run's data had: choose that --dataset")
-        model = model_of(checkpoint)
+        check_tokenizer(model, tokenizer_path, data)
     model = build_model(model, data.meta["vocab_size"], given).to(process.device)
     optimizer = build_optimizer(model)
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
@@ -422,12 +447,14 @@ def main():
         step, best = checkpoint["step"], (checkpoint["best_l0"], checkpoint["best_val_loss"])
         if step > max_iters:
             fail(f"max_iters={max_iters} is less than the {step} updates that this run has made: raise it")
-        if process.rank == 0 and changed:
-            print("changed since the checkpoint:", ", ".join(f"{k}={v!r}" for k, v in changed.items()))
     with claim_out_dir(out_dir) if process.rank == 0 else nullcontext():
         if process.rank == 0 and not checkpoint:
             start_out_dir(out_dir, data.tokenizer)
-        train(process, data, model, optimizer, scaler, step, best)
+        elif process.rank == 0 and changed:
+            print("changed since the checkpoint:", ", ".join(f"{k}={v!r}" for k, v in changed.items()),
+                  f"({before} -> {rates_after(step)}){keep_finished(out_dir, checkpoint, max_iters)}")
+        wandb_id = checkpoint.get("wandb_id") if checkpoint else None
+        train(process, data, model, optimizer, scaler, step, best, wandb_id)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -31,8 +31,9 @@ class Contexts:
         positions = None if self.positions is None else self.positions[rows]
         return Contexts(self.idx[rows], self.last[rows], self.answers[rows], positions)
 
-    def batches(self, size=128):
-        return (self[rows] for rows in torch.arange(len(self)).split(size))
+    def batches(self, size=None):
+        size = size or (128 if self.idx.is_cpu else 512)  # what fits a cache, what keeps a GPU busy
+        return (self[rows] for rows in torch.arange(len(self), device=self.idx.device).split(size))
 
     def last_tokens(self):
         return self.idx.gather(1, self.last[:, None])
@@ -97,8 +98,8 @@ class Nodes:
         self.device = next(model.parameters()).device
 
     def split(self, gates):
-        """site -> (channels), views of a vector (nodes)."""
-        return dict(zip(self.sites, gates.split(self.sizes), strict=True))
+        """site -> (..., channels), views of gates (..., nodes)."""
+        return dict(zip(self.sites, gates.split(self.sizes, dim=-1), strict=True))
 
     def kept(self, gates):
         """site -> list of the channels whose gates are not 0, without the sites that have none."""
@@ -115,7 +116,8 @@ class Nodes:
     def logits(self, contexts, gates, watch=None):
         """Logits (n, 2) of the right answer and of the other when all nodes pass their gates.
 
-        `watch`, if given, is called with the name of each site and its gated nodes (n, T or 1, channels).
+        Gates may also be m vectors (m, nodes), for m equal parts of the contexts, in order. `watch`, if
+        given, is called with the name of each site and its gated nodes (n, T or 1, channels).
         After its scores the last block matters at the last token alone, so all else is cut off there, before
         attention is projected and before the MLP. What they write is added to the stream of all tokens,
         of which only that of the last is right, and read.
@@ -124,8 +126,11 @@ class Nodes:
         parts, block = self.split(gates), self.model.transformer.h[-1]
 
         def gate(name):
+            g = parts[name][..., None, None, :]  # alike for all texts of a part, and all positions
+
             def pass_gate(x):
-                x = parts[name] * x + (1 - parts[name]) * self.ablated[name]
+                x = x.unflatten(0, (*gates.shape[:-1], -1))
+                x = (g * x + (1 - g) * self.ablated[name]).flatten(0, gates.dim() - 1)
                 if watch:
                     watch(name, x)
                 return x

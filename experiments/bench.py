@@ -81,15 +81,16 @@ def topk_prune_(model, l0_fraction, min_weights_per_neuron=4, sparsify_biases=Tr
 
 
 def seconds(run, process, warmup=2):
-    """Median time of `repeats` calls of `run`, after a warm-up."""
-    times = []
+    """Median time of `repeats` calls of `run`, after a warm-up; on a GPU of ten calls that may overlap."""
+    times, at_a_time = [], 10 if process.device.type == "cuda" else 1
     for i in range(warmup + repeats):
         begun = time.perf_counter()
-        run()
+        for _ in range(at_a_time):
+            run()
         if process.device.type == "cuda":
             torch.cuda.synchronize()
         if i >= warmup:
-            times.append(time.perf_counter() - begun)
+            times.append((time.perf_counter() - begun) / at_a_time)
     return float(np.median(times))
 
 
@@ -282,6 +283,25 @@ def bench_sampling(process):
         ("dense twin, cached", dense))
 
 
+def bench_profile(process):
+    """On a GPU: of ten steps of ours and of the twin, how long it was idle and the 20 longest kernels."""
+    for kind in ("ours", "dense") if process.device.type == "cuda" else ():
+        step, _ = step_runner(*sizes(process), process, kind)
+        seconds(step, process)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            begun = time.perf_counter()
+            for _ in range(10):
+                step()
+            torch.cuda.synchronize()
+            wall = 1e6 * (time.perf_counter() - begun)
+        kernels = [k for k in profiler.key_averages() if k.self_device_time_total > 0]
+        busy = sum(k.self_device_time_total for k in kernels)
+        print(f"{kind}: {wall / 1e4:.2f} ms a step, {1 - busy / wall:.1%} idle, "
+              f"{sum(k.count for k in kernels) / 10:.0f} kernels and copies")
+        for k in sorted(kernels, key=lambda k: -k.self_device_time_total)[:20]:
+            print(f"{k.self_device_time_total / 1e4:8.3f} ms {k.count / 10:6.1f} x {k.key[:80]}")
+
+
 def bench_prepare(process):
     import prepare
 
@@ -333,7 +353,7 @@ def main():
     print(f"{name}, {torch.get_num_threads()} threads, {process.dtype}, torch {torch.__version__}, "
           f"numpy {np.__version__}; median of {repeats}")
     for bench in (bench_step, bench_abs_topk, bench_prune, bench_attention, bench_statistics, bench_sampling,
-                  bench_prepare, bench_memory, bench_first_step):
+                  bench_profile, bench_prepare, bench_memory, bench_first_step):
         if only in bench.__name__:
             bench(process)
 

@@ -121,6 +121,12 @@ class Runs:
             print(f"{record['val_loss']:>8} | lr {rate} | seed {seed} | {flags}", flush=True)
 
 
+def last_of_log(out_dir):
+    """What train.py logged last of each quantity: a dict."""
+    with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as f:
+        return {key: value for line in f for key, value in json.loads(line).items()}
+
+
 def train_one(flags, rate, seed):
     """Run train.py once. Returns what the CSV says of it; a run that diverges has a loss of inf."""
     with tempfile.TemporaryDirectory() as out_dir, tempfile.TemporaryFile("w+") as output:
@@ -138,9 +144,7 @@ def train_one(flags, rate, seed):
             return record | {"val_loss": "inf"}
         if process.returncode or "stopped before step" in printed:
             raise SystemExit(f"{' '.join(command)}\nfailed or was stopped\n{printed[-2000:]}")
-        with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as f:
-            lines = [json.loads(line) for line in f]
-    last = {key: value for line in lines for key, value in line.items()}
+        last = last_of_log(out_dir)
     return record | {
         "val_loss": f"{last['val/loss']:.4f}", "bits_per_byte": f"{last['val/bits_per_byte']:.4f}",
         "nonzero": last["sparsity/nonzero"], "dead_neurons": last["sparsity/dead_neurons"]}

@@ -273,6 +273,17 @@ def test_a_known_circuit_is_found_exactly(known, monkeypatch):
     assert circuit.seeds_agree(nodes, runs, runs[0])["overlaps"] == [1.0]
 
 
+def test_masks_learned_together_are_those_learned_alone(known, monkeypatch):
+    """Each trial has the contexts, the penalty and the clipped gradient that it has by itself."""
+    monkeypatch.setattr(circuit, "steps", 20)
+    nodes, contexts = nodes_of(known), some_contexts(512)
+    trials = [(1e-3, 0), (30.0, 1), (3e-2, 0)]  # of the second the gradient is clipped
+    together = circuit.learn_masks(nodes, contexts, trials)
+    for trial, tau in zip(trials, together, strict=True):
+        torch.testing.assert_close(circuit.learn_masks(nodes, contexts, [trial])[0], tau)
+    assert not torch.allclose(together[0], together[2])
+
+
 @pytest.mark.parametrize("destroy", [sceptic.drawn_anew, sceptic.shuffled_weights])
 def test_a_destroyed_model_has_no_circuit(known, destroy, monkeypatch):
     """No seed reaches the target when the weights are drawn anew, or shuffled within their matrices."""

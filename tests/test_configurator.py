@@ -66,6 +66,18 @@ def test_a_flag_is_read_as_its_settings_type(argument, expected):
     assert repr(configured(argument)) == repr(expected)
 
 
+def test_a_path_may_begin_with_the_home_folder(monkeypatch, config_file):
+    """In a flag and in a file ~ becomes the home folder; in a setting that is no path it stays."""
+    monkeypatch.setenv("HOME", str(config_file("d_model = 7").parent))
+    assert configured("~/config.py") == {"d_model": 7}
+    monkeypatch.setenv("HOME", "/home/me")
+    for value in ("~", "~/c/*.txt"):
+        settings, path = {"out_dir": "out", "dataset": "x", "start": ""}, config_file(f"out_dir = {value!r}")
+        configure(settings, [str(path), f"--dataset={value}", f"--start={value}"])
+        expected = value.replace("~", "/home/me")
+        assert settings == {"out_dir": expected, "dataset": expected, "start": value}
+
+
 def test_files_and_flags_apply_in_the_order_given(config_file):
     """The last one wins, be it file or flag; a flag alone needs no file."""
     a = config_file("d_model = 1\nstart = 'a'\n", "a.py")
@@ -79,9 +91,11 @@ def test_files_and_flags_apply_in_the_order_given(config_file):
 
 
 def test_a_config_file_is_python(config_file):
-    """It may compute, and import modules; names with an underscore are its own; a float may be an int."""
-    path = config_file("import math\n_width = 16\nd_model = 4 * _width  # é\n"
-                       "learning_rate = 1\nuse_bias = d_model < math.pi\n")
+    """It may compute, import and define functions; names with an underscore are its own; a float may be an
+    int."""
+    path = config_file("import math\nfrom math import isqrt\n_width = 16\n"
+                       "def times(n):\n    return n * isqrt(_width * _width)  # é\n"
+                       "d_model = times(4)\nlearning_rate = 1\nuse_bias = d_model < math.pi\n")
     expected = [("d_model", 64), ("learning_rate", 1.0), ("use_bias", False)]
     assert repr(sorted(configured(path).items())) == repr(expected)
 
@@ -129,11 +143,11 @@ def test_an_unknown_setting_is_an_error_that_names_the_closest(error_of, key, cl
 
 
 def test_an_unknown_setting_in_a_file_is_an_error_that_names_the_file(error_of, config_file):
-    """The same as for a flag, a function being no setting; what was right is not applied either."""
+    """The same as for a flag; what was right is not applied either. A function is of no setting's type."""
     path = config_file("learning_rate = 1\nd_modle = 3\n")
     error = error_of("--start=fine", path)
     assert "'d_modle'" in error and "'d_model'" in error and str(path) in error
-    assert "'helper'" in error_of(config_file("def helper():\n    pass\n"))
+    assert "d_model" in error_of(config_file("def d_model():\n    pass\n"))
 
 
 @pytest.mark.parametrize("key, text, literal, expected", [

@@ -18,8 +18,9 @@ import pytest
 import torch
 
 import runs
-from experiments import evaluate, plot
+from experiments import circuits, evaluate, plot
 from experiments import run as experiments
+from model import GPT, GPTConfig
 from test_sparsity import REPO, checkpoint
 
 # ----------------------------------------------------------------------------------------------------------
@@ -177,6 +178,158 @@ def test_an_experiment_that_was_stopped_is_not_recorded(prepared, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", stop_soon)
     with pytest.raises(SystemExit, match="was stopped"):
         experiments.train_one(f"--dataset={prepared}/data/tiny {AN_EXPERIMENT} --max_iters=100000", 0.01, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# experiments/circuits.py
+
+OF_A_ROW = {"whole_val_loss": 0.1, "whole_train_loss": 0.1, "pretraining_loss": 3.8, "nonzero": 9}
+
+
+@pytest.fixture
+def small_search(tmp_path, monkeypatch):
+    """Two tasks, two penalties, one mask seed and two targets; a CSV and figures of their own."""
+    for name, value in {
+        "record": str(tmp_path / "circuits.csv"), "models": str(tmp_path / "models"), "device": "cpu",
+        "TASKS": ("one", "two"), "MORE_TASKS": ("three",), "TARGETS": (0.15, 5.0), "PENALTIES": (1e-3, 1e-2),
+        "TRIALS": [(1e-3, 0), (1e-2, 0)], "widths_target": 0.15,
+        "targets_image": str(tmp_path / "targets.png"), "widths_image": str(tmp_path / "widths.png"),
+    }.items():
+        monkeypatch.setattr(circuits, name, value)
+
+
+def rows_of(flags, seed, task, edges):
+    """The rows of a search: `edges` at target 5.0, twice as many with the other penalty; none at 0.15."""
+    return [{"flags": flags, "seed": seed, "task": task, "penalty": penalty, "mask_seed": 0,
+             "target_loss": target, "val_loss": "", **OF_A_ROW, "nodes": n, "edges": n}
+            for penalty, more in ((1e-3, 1), (1e-2, 2)) for target, n in ((0.15, ""), (5.0, more * edges))]
+
+
+@pytest.fixture
+def searched(small_search):
+    """The sparse model and a dense one, three seeds each: ratios of 8, 2 and 4 in a task, 1 in the other."""
+    for seed, ratio in zip(circuits.SEEDS, (8, 2, 4), strict=True):
+        for flags, edges in (("", 10), ("--target_l0_fraction=1", 10 * ratio)):
+            circuits.add(rows_of(flags, seed, "one", edges))
+            circuits.add(rows_of(flags, seed, "two", 10))
+
+
+def test_circuits_are_compared_over_tasks_and_seeds(searched, capsys):
+    """The fewest edges of a search count; ratios are geometric means over tasks, by seed; and none is made
+    of a target that is not reached. Figures are drawn."""
+    circuits.report()
+    printed = capsys.readouterr().out.split("\n")
+    assert "| 5.0 | 2 | 10 (10 to 10) | 20 (14.1 to 28.3) | 2 (1.41 to 2.83) |" in printed
+    assert "| one | 5.0 | 10 (10 to 10) | 40 (20 to 80) | 4 (2 to 8) |" in printed
+    assert "| one | 0.15 | none, 0 of 3 | none, 0 of 3 | none, 0 of 3 |" in printed
+    assert "| 0.15 | 0 |  |  |  |" in printed
+    assert os.path.getsize(circuits.targets_image) > 0
+    assert not os.path.exists(circuits.widths_image)  # no model reaches 0.15
+
+
+def test_a_search_counts_when_it_is_whole(searched):
+    """Fewer masks would be another budget: that model has no point, and a torn row no meaning."""
+    circuits.add(rows_of("--d_model=512", 1337, "one", 5))
+    circuits.add(rows_of("--d_model=512", 1337, "two", 5)[:3])
+    with open(circuits.record, "a", encoding="utf-8") as f:
+        f.write("--d_model=512,1337,tw")
+    found = circuits.Found(circuits.read_record())
+    assert found.seeds("--d_model=512") == [] and found.seeds("") == list(circuits.SEEDS)
+
+
+def test_a_task_that_one_model_cannot_do_is_not_common(searched):
+    """Nor is one in which a seed has not been searched."""
+    both = ("", "--target_l0_fraction=1")
+    circuits.add(rows_of("", 1, "three", 7))
+    found = circuits.Found(circuits.read_record())
+    assert found.common(both, 5.0) == ["one", "two"] and found.common(both, 0.15) == []
+    assert found.edges("", ["three"], 5.0) == {1: pytest.approx(7)}
+
+
+def test_widths_are_drawn(searched, monkeypatch):
+    """The models that do the tasks that are asked for, or else those that all can do, have a point."""
+    monkeypatch.setattr(circuits, "widths_target", 5.0)
+    circuits.report()
+    assert os.path.getsize(circuits.widths_image) > 0
+    circuits.add([row | {"nodes": ""} for row in rows_of("--d_model=512", 1, "one", 3)])
+    circuits.add(rows_of("--d_model=512", 1, "two", 3))
+    found = circuits.Found(circuits.read_record())
+    assert [(n, len(points)) for n, points in [circuits.print_grid(found)]] == [(1, 3)]
+    monkeypatch.setattr(circuits, "widths_tasks", "one,two")
+    n, points = circuits.print_grid(found)
+    assert n == 2 and [point[:2] for point in points] == [(256, "1"), (256, "1/16")]
+
+
+def test_all_models_of_the_grid_can_be_built():
+    """Every L0 leaves the neurons their minimum of weights; two models are those of figure 2."""
+    for d_model, levels in circuits.GRID.items():
+        smallest = GPT(GPTConfig(n_layer=1, d_model=d_model, use_bigram_table=False)).smallest_l0()
+        assert all(eval(l0) >= smallest for l0 in levels)
+    assert circuits.grid_flags(256, "1/16") == circuits.MODELS["sparse"]
+    assert circuits.grid_flags(256, "1") == circuits.MODELS["dense, same shape"]
+
+
+@pytest.fixture
+def tasks_here(trained, small_search, monkeypatch):
+    """A trained run in the place of all models, and two tasks."""
+    os.mkdir("tasks")
+    for task, answers in {"one": ["r", "t"], "two": ["e", "s"]}.items():
+        Path("tasks", f"{task}.json").write_text(json.dumps({"answers": answers}))
+    monkeypatch.setattr(circuits, "train", lambda flags, seed: "out")
+    for name, value in (("steps", 2), ("batch_size", 4), ("choosing_contexts", 32),
+                        ("judging_contexts", 40), ("mean_windows", 4)):
+        monkeypatch.setattr(circuits.circuit, name, value)
+
+
+def test_a_job_adds_what_is_missing(tasks_here, monkeypatch):
+    """A row for each mask and target; a job that was stopped goes on after its last mask."""
+    circuits.run_job("", 1, ("one",))
+    whole = circuits.read_record()
+    assert [(float(row["penalty"]), float(row["target_loss"])) for row in whole] == [
+        (penalty, target) for penalty in circuits.PENALTIES for target in circuits.TARGETS]
+    assert all(1 <= int(row["nodes"]) <= int(row["edges"]) + int(row["nodes"]) for row in whole[1::2])
+    os.remove(circuits.record)
+    circuits.add([{name: row[name] for name in circuits.COLUMNS} for row in whole[:2]])
+    learned, learn_masks = [], circuits.circuit.learn_masks
+    monkeypatch.setattr(circuits.circuit, "learn_masks", lambda nodes, contexts, trials: (
+        learned.extend(trials), learn_masks(nodes, contexts, trials))[1])
+    circuits.run_job("", 1, ("one",))
+    assert circuits.read_record() == whole and learned == [(1e-2, 0)]
+    circuits.run_job("", 1, ("one",))
+    assert len(learned) == 1
+
+
+@pytest.mark.slow
+def test_a_training_that_was_stopped_goes_on(prepared, small_search, monkeypatch):
+    """From its checkpoint; and once it is at its end, nothing is run."""
+    monkeypatch.chdir(REPO)
+    monkeypatch.setattr(circuits, "config", "experiments/tiny.py")
+    monkeypatch.setattr(circuits, "TRAINING", f"{AN_EXPERIMENT} --dataset={prepared}/data/tiny")
+    folder, commands = circuits.train("", 1), []
+    path = os.path.join(folder, "ckpt.pt")
+    saved = runs.load_checkpoint(path)
+    saved["step"] = 2
+    torch.save(saved, path)
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: (
+        commands.append(command), run(command, **options))[1])
+    assert circuits.train("", 1) == folder and commands[0][-1] == "--init_from=resume"
+    assert runs.load_checkpoint(path)["step"] == 3
+    circuits.train("", 1)
+    assert len(commands) == 1
+    with pytest.raises(SystemExit, match="smallest that fits"):
+        circuits.train("--target_l0_fraction=1/9999", 1)
+
+
+def test_bad_input_to_circuits(small_search, monkeypatch, capsys):
+    """It ends the script with one line."""
+    for argument, error in (("--jobs=-1", "must not be negative"), ("--jobs=0", "no sparse model"),
+                            ("--widths_target=0.2", "widths_target=0.2")):
+        monkeypatch.setattr(sys, "argv", ["circuits", argument])
+        with pytest.raises(SystemExit):
+            circuits.main()
+        captured = capsys.readouterr().err
+        assert error in captured and captured.count("\n") == 1
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -248,17 +248,22 @@ def test_triton_keeps_the_k_largest(triton_device, dtype, n, k):
 
     x = torch.randn(9, n, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[0], x[1], x[2], x[3], x[4, n // 2] = 0.0, 1.0, x[2].relu(), x[3].round(), torch.inf
-    kept, mask = kernels_triton.keep_largest(x.to(triton_device), k)
-    assert torch.equal(mask.cpu(), plain_mask(x, k))
-    assert torch.equal(kept.cpu(), plain_abs_topk(x, k))
+    leaf, dy = x.to(triton_device).requires_grad_(), torch.randn(9, n).to(dtype)
+    kept = kernels_triton.KeepLargest.apply(leaf, k)
+    assert torch.equal(kept.detach().cpu(), plain_abs_topk(x, k))
+    dx, = torch.autograd.grad(kept, leaf, dy.to(triton_device))
+    assert torch.equal(dx.cpu(), torch.where(plain_mask(x, k), dy, 0.0))
 
 
+@pytest.mark.parametrize("sample", [16384, 64])
 @pytest.mark.parametrize("j", [0, 1, 4])
 @pytest.mark.parametrize("l0", [0.95, 0.5, 0.15])
-def test_triton_prunes_as_a_cpu_does(triton_device, l0, j):
-    """All matrices at once, some of them with ties and with more zeros than are pruned."""
+def test_triton_prunes_as_a_cpu_does(triton_device, l0, j, sample, monkeypatch):
+    """All matrices at once, some of them with ties and with more zeros than are pruned; also where a sample
+    says, rightly or wrongly, which weights may be the last to survive."""
     import kernels_triton
 
+    monkeypatch.setattr(kernels_triton, "SAMPLE", sample)
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=1, d_model=48, d_head=16, d_mlp=400, vocab_size=50))  # up to 3 blocks
     with torch.no_grad():

@@ -4,6 +4,8 @@ sparsity, each against numbers counted by hand; when each is logged, and what wa
 import math
 import os
 import re
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -221,6 +223,32 @@ def test_wandb_disabled(here, monkeypatch):
     assert run("train.py tiny.py --wandb_log=True") == 0
     assert records == log()
     assert not os.path.exists("out/wandb") and not os.path.exists("wandb")
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(here, monkeypatch):
+    """The id is kept in the checkpoint, also by a stretch of the run that did not log to wandb."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    asked, given, init = [], [], wandb.init
+
+    def watched_init(**arguments):
+        asked.append((arguments["id"], arguments["resume"]))
+        given.append(init(**arguments))
+        return given[-1]
+
+    monkeypatch.setattr(wandb, "init", watched_init)
+    assert run("train.py tiny.py --wandb_log=True --max_iters=4") == 0
+    assert run("train.py --init_from=resume --wandb_log=False --max_iters=8") == 0
+    assert run("train.py --init_from=resume --wandb_log=True --max_iters=12") == 0
+    assert asked == [(None, None), (given[0].id, "allow")] and given[0].id
+
+
+def test_a_folder_named_wandb_is_not_the_package(here, monkeypatch, capsys):
+    """Without wandb, a folder of that name is imported as an empty module: the run says what to install."""
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
+    assert run("train.py tiny.py --wandb_log=True") == 2
+    assert capsys.readouterr().err.startswith("error: wandb is not installed")
 
 
 @pytest.mark.slow

@@ -7,10 +7,12 @@ import itertools
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +144,29 @@ def test_meta_counts_what_is_in_the_bins(tmp_path):
     assert meta["tokenizer_sha256"] == digest
 
 
+def test_a_text_is_split_at_its_separator(tmp_path):
+    """A .txt with <|endoftext|> between its documents holds several; --separator names another, or none."""
+    path = tmp_path / "texts.txt"
+    path.write_text("\n<|endoftext|>\n".join(TEXTS) + "<|endoftext|>\n")
+    train, val = parts(run_prepare(tmp_path, f"--dataset={path}"))
+    assert sorted(train + val) == sorted(text.strip() for text in TEXTS) and train and val
+    train, val = parts(run_prepare(tmp_path, f"--dataset={path}", "--separator="))
+    assert train[0] + val[0] == path.read_text()
+    path.write_text("\n\n".join(TEXTS))
+    train, val = parts(run_prepare(tmp_path, f"--dataset={path}", "--separator=\n\n"))
+    assert sorted(train + val) == sorted(text.strip() for text in TEXTS)
+
+
+@pytest.mark.parametrize("flags", [["--tokenizer=bytes"], ["--tokenizer=bpe", "--vocab_size=270"],
+                                   ["--max_tokens=1"]], ids=str)
+def test_of_an_only_document_the_tail_is_held_out(tmp_path, flags):
+    """A single text is split into its beginning, which is trained on, and its last val_fraction."""
+    path = tmp_path / "one.txt"
+    path.write_text(text := "".join(TEXTS) + "é")
+    train, val = parts(run_prepare(tmp_path, f"--dataset={path}", "--val_fraction=0.1", *flags))
+    assert train == [text[:-len(val[0])]] and val == [text[-(len(text) // 10):]]
+
+
 def test_validation_documents_do_not_depend_on_order_and_are_not_trained_on(tmp_path):
     """The same documents, reversed and some of them twice, are split the same way."""
     train, val = parts(run_prepare(tmp_path / "a", f"--dataset={corpus(tmp_path)}"))
@@ -217,11 +242,12 @@ def test_a_malformed_tokenizer_file_is_a_value_error(tmp_path, text):
 
 
 def test_local_files_of_every_format_are_read_in_order_of_their_paths(tmp_path):
-    """.txt and .py are documents, rows of .jsonl and .parquet are; each as .gz too, in nested folders."""
+    """Texts are documents, rows of .jsonl and .parquet are; each as .gz too, in nested folders."""
     import pyarrow.parquet
     deep = tmp_path / "a" / "b"
     deep.mkdir(parents=True)
-    names = ["a.txt", "b.py", "c.jsonl", "d.parquet", "e.txt.gz", "f.py.gz", "g.jsonl.gz", "h.parquet.gz"]
+    names = ["a.txt", "b.py", "c.jsonl", "d.parquet", "e.txt.gz", "f.py.gz", "g.jsonl.gz", "h.parquet.gz",
+             "i.md"]
     expected = []
     for i, name in enumerate(names):
         path = deep / name.removesuffix(".gz")
@@ -239,6 +265,27 @@ def test_local_files_of_every_format_are_read_in_order_of_their_paths(tmp_path):
     folder = run_prepare(tmp_path, f"--dataset={tmp_path}/a/**/*", "--text_column=body")
     train, val = parts(folder)
     assert train == [t for t in expected if t not in val] and val == [t for t in expected if t not in train]
+
+
+@pytest.mark.parametrize("dataset", ["a [b]/x.txt", "a [b]/*.txt", "a ?b?/[x].txt", "**/x.txt"])
+def test_brackets_in_names(tmp_path, monkeypatch, dataset):
+    """A path with a bracket is first taken as it is, only then as a pattern."""
+    (tmp_path / "a [b]").mkdir()
+    (tmp_path / "a [b]" / "x.txt").write_text("<|endoftext|>".join(TEXTS))
+    monkeypatch.chdir(tmp_path)
+    train, val = parts(run_prepare(tmp_path, f"--dataset={dataset}"))
+    assert len(train + val) == len(TEXTS)
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.py", "x.txt.gz"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    """It may begin a file, and is left out; within a row it is a character like any other."""
+    text = "\ufeff" + "".join(TEXTS)
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    train, val = parts(run_prepare(tmp_path, f"--dataset={tmp_path}/{name}"))
+    assert train[0] + val[0] == text[1:]
+    train, val = parts(run_prepare(tmp_path, f"--dataset={corpus(tmp_path, [text])}"))
+    assert train[0] + val[0] == text
 
 
 def test_the_standard_library_is_the_default(tmp_path):
@@ -293,25 +340,34 @@ def test_documents_that_cannot_be_used_are_skipped_and_counted(tmp_path, capsys)
     (folder / "cut.parquet").write_bytes(b"PAR1 and no more")
     (folder / "spaces.txt").write_bytes(b" " * 5_000_000)
     (folder / "picture.png").write_bytes(b"PNG")
-    write_jsonl(folder / "rows.jsonl", [{"text": None}, '{"text": "cut', "[1, 2]", {"text": 5},
+    write_jsonl(folder / "rows.jsonl", [{"text": None}, '{"text": "cut', "[1, 2]", {"text": 5}, "[" * 10**5,
                                         {"other": ""}, "", '{"text": "\\ud800"}', {"text": "good"}])
     prepare.save_tokenizer(byte_tokenizer(256, pattern=r"\s+(?!\S)|\s+|\S+"), tmp_path / "t.json")
     out = run_prepare(tmp_path, f"--dataset={folder}/*", f"--tokenizer={tmp_path}/t.json")
     train, val = parts(out)
     assert sorted(train + val) == sorted([*TEXTS, "good"])
     assert json.loads((out / "meta.json").read_text())["skipped"] == {
-        "empty": 2, "not UTF-8": 2, "binary": 1, "unreadable": 2, "unknown format": 1, "broken line": 2,
+        "empty": 2, "not UTF-8": 2, "binary": 1, "unreadable": 2, "unknown format": 1, "broken line": 3,
         "not text": 1, "no text column": 1, "not tokenizable": 1}
-    assert "13 skipped (1 binary, 2 broken line, 2 empty" in capsys.readouterr().out
+    assert "14 skipped (1 binary, 3 broken line, 2 empty" in capsys.readouterr().out
+
+
+def test_of_a_file_that_breaks_off_the_rows_before_are_kept_and_counted(tmp_path, capsys):
+    """A compressed file that was cut gives what could be read of it, and the last lines say how much."""
+    rows = "".join(json.dumps({"text": f"{i} {os.urandom(50).hex()}"}) + "\n" for i in range(4000))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(rows.encode())[:200_000])
+    train, val = parts(run_prepare(tmp_path, f"--dataset={tmp_path}/rows.jsonl.gz"))
+    assert len(train + val) > 1000
+    assert f"1 skipped (1 unreadable after {len(train + val):,} rows)" in capsys.readouterr().out
 
 
 def test_a_long_stream_is_encoded_a_little_ahead():
     """The first documents come out long before the last go in: few are in memory at a time."""
     def documents():
         for i in range(2 * os.cpu_count()):
-            yield f"{i} " * 500_000
+            yield f"{i} " * 500_000, False
         raise AssertionError("too many documents were taken in before the first came out")
-    stream = prepare.encode_documents(documents(), byte_tokenizer(256), 0.5)
+    stream = prepare.encode_documents(documents(), byte_tokenizer(256))
     ids, size, _ = next(stream)
     assert size == len(ids) - 1 == 1_000_000
     stream.close()
@@ -373,6 +429,41 @@ def test_a_run_killed_while_replacing_the_folder_loses_nothing(tmp_path):
     assert tree(data) == before
 
 
+def test_a_link_is_written_through(tmp_path):
+    """data/NAME may be a link to another disk, empty at first: the folder is made and replaced there."""
+    path, data, disk = corpus(tmp_path), tmp_path / "data", tmp_path / "disk"
+    data.mkdir()
+    (data / "d").symlink_to(disk / "big")
+    for flags in ([], ["--max_tokens=50"]):
+        run_prepare(data, f"--dataset={path}", *flags)
+        assert os.readlink(data / "d") == str(disk / "big")
+        assert os.listdir(data) == ["d"] and os.listdir(disk) == ["big"]
+        assert set(os.listdir(disk / "big")) == set(prepare.OUTPUTS)
+
+
+def test_what_desktops_leave_in_a_folder_is_not_in_the_way(tmp_path):
+    """A folder that prepare.py wrote, and a desktop was shown, may be replaced."""
+    for flags in ([], ["--max_tokens=50"]):
+        folder = run_prepare(tmp_path, f"--dataset={corpus(tmp_path)}", *flags)
+        assert set(os.listdir(folder)) == set(prepare.OUTPUTS)
+        (folder / ".DS_Store").touch()
+
+
+def test_two_datasets_do_not_share_a_folder_unasked(tmp_path, capsys):
+    """a/b.jsonl and a_b.jsonl make the same name: the second is refused until it is given one."""
+    first, second = corpus(tmp_path / "a", name="b.jsonl"), corpus(tmp_path, name="a_b.jsonl")
+    folder = run_prepare(tmp_path / "data", f"--dataset={first}", "--name=")
+    [folder] = (tmp_path / "data").iterdir()
+    before = tree(folder)
+    with pytest.raises(SystemExit):
+        run_prepare(tmp_path / "data", f"--dataset={second}", "--name=")
+    assert "--name" in capsys.readouterr().err and tree(folder) == before
+    run_prepare(tmp_path / "data", f"--dataset={first}", "--name=", "--max_tokens=50")
+    assert tree(folder) != before
+    run_prepare(tmp_path / "data", f"--dataset={second}", f"--name={folder.name}")
+    assert tree(folder)["train.bin"] == before["train.bin"]
+
+
 def run_script(*arguments, **options):
     """Run prepare.py as a user would, and return the finished process."""
     return subprocess.run([sys.executable, "prepare.py", *arguments], cwd=Path(prepare.__file__).parent,
@@ -405,23 +496,28 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path / "data") == []
 
 
-def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, capsys):
-    """Without rustbpe the default tokenizer cannot be trained; the line says what to install."""
-    monkeypatch.setitem(sys.modules, "rustbpe", None)
+@pytest.mark.parametrize("package, dataset", [("rustbpe", ""), ("datasets", "owner/name")])
+@pytest.mark.parametrize("found", ["nothing", "a folder"])
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, capsys, package, dataset, found):
+    """The line says what to install. A folder of the package's name is an empty module, not the package."""
+    monkeypatch.setitem(sys.modules, package, types.ModuleType(package) if found == "a folder" else None)
     with pytest.raises(SystemExit):
-        run_prepare(tmp_path, f"--dataset={corpus(tmp_path)}", "--tokenizer=bpe")
-    assert capsys.readouterr().err == "error: rustbpe is not installed: pip install -r requirements.txt\n"
+        run_prepare(tmp_path, f"--dataset={dataset or corpus(tmp_path)}",
+                    f"--tokenizer={'bytes' if dataset else 'bpe'}")
+    assert capsys.readouterr().err == f"error: {package} is not installed: pip install -r requirements.txt\n"
 
 
 def test_as_a_script_it_reports_and_names_the_next_command(tmp_path):
     """The last lines tell where the data is, its size, the vocabulary, bytes per token, what to do next."""
-    result = run_script(f"--dataset={corpus(tmp_path)}", f"--data_dir={tmp_path}/data", "--tokenizer=bytes",
-                        "--val_fraction=0.5", "--name=d")
+    result = run_script(f"--dataset={corpus(tmp_path)}", f"--data_dir={tmp_path}/my data",
+                        "--tokenizer=bytes", "--val_fraction=0.5", "--name=d")
     assert (result.returncode, result.stderr) == (0, "")
-    for words in (f"{tmp_path}/data/d: ", " training tokens in ", " validation tokens in ", "0 skipped",
+    for words in (f"{tmp_path}/my data/d: ", " training tokens in ", " validation tokens in ", "0 skipped",
                   "vocabulary 257", " bytes per token",
-                  f"next: python train.py config/quickstart.py --dataset={tmp_path}/data/d\n"):
+                  "next: "):
         assert words in result.stdout
+    command = shlex.split(result.stdout.splitlines()[-1].removeprefix("next: "))
+    assert command == ["python", "train.py", "config/quickstart.py", f"--dataset={tmp_path}/my data/d"]
 
 
 def bad_files(tmp):
@@ -432,8 +528,13 @@ def bad_files(tmp):
     corpus(tmp / "copy", [""], name="test.jsonl")
     (tmp / "lines").mkdir()
     (tmp / "lines" / "a.txt").write_text("one\ntwo\n")
-    (tmp / "one.txt").write_text("a single document")
-    (tmp / "table.csv").write_text("text\nhello\n")
+    (tmp / "letter.txt").write_text("a")
+    (tmp / "few").mkdir()
+    for i in range(2):
+        (tmp / "few" / f"{i}.txt").write_text("one of two documents")
+    (tmp / "table.xls").write_text("text\nhello\n")
+    (tmp / "latin.txt").write_bytes("é".encode("latin-1"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": [["a", "b"]]}), tmp / "list.parquet")
     write_jsonl(tmp / "nothing.jsonl", [{"text": ""}, {"text": "\0"}])
     write_jsonl(tmp / "other.jsonl", [{"body": "x", "id": 1}, {"text": "y"}])
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "id": [1]}), tmp / "other.parquet")
@@ -459,19 +560,24 @@ BAD_PREPARE = [  # what is wrong, the arguments ({tmp} holds the files above), w
     ("no text column in .parquet", ["--dataset={tmp}/other.parquet"], ["other.parquet", "'text'", "body"]),
     ("lines as documents", ["--dataset={tmp}/lines"], ["every line", "**/*.txt"]),
     ("splits of local files", ["--val_split=test"], ["Hugging Face"]),
-    ("unknown format", ["--dataset={tmp}/table.csv"], ["no usable document", "1 unknown format", ".jsonl"]),
+    *((f"{reason} with {tokenizer}", ["--dataset={tmp}/" + file, f"--tokenizer={tokenizer}"],
+       ["no usable document", f"1 {reason}", ".jsonl"]) for tokenizer in ("bytes", "bpe") for file, reason in
+      [("table.xls", "unknown format"), ("latin.txt", "not UTF-8"), ("list.parquet", "not text")]),
     ("nothing usable", ["--dataset={tmp}/nothing.jsonl"], ["no usable document", "1 binary, 1 empty"]),
-    ("nothing to validate on", ["--dataset={tmp}/one.txt", "--val_fraction=0.001"],
+    ("nothing to validate on", ["--dataset={tmp}/few/*", "--val_fraction=0.001"],
      ["raise --val_fraction"]),
-    ("nothing to train on", ["--dataset={tmp}/one.txt", "--val_fraction=0.999"], ["lower --val_fraction"]),
-    ("empty validation split", ["--dataset={tmp}/copy", "--val_split=test"], ["another --val_split"]),
+    ("a document too short to cut", ["--dataset={tmp}/letter.txt"], ["cut the text into more documents"]),
+    ("nothing to train on", ["--dataset={tmp}/few/*", "--val_fraction=0.999"], ["lower --val_fraction"]),
+    ("empty validation split", ["--dataset={tmp}/copy", "--val_split=test"], ["split 'test'", "1 empty"]),
     ("val_fraction of 0", ["--val_fraction=0"], ["val_fraction=0.0", "between"]),
     ("val_fraction of 1", ["--val_fraction=1"], ["val_fraction=1.0", "between"]),
     ("negative max_tokens", ["--max_tokens=-1"], ["max_tokens=-1"]),
     ("vocabulary over uint16", ["--tokenizer=bpe", "--vocab_size=65537"], ["65537", "65536"]),
     ("vocabulary under the bytes", ["--tokenizer=bpe", "--vocab_size=256"], ["256", "257"]),
     ("text too small", ["--tokenizer=bpe", "--vocab_size=5000"], ["5000", "lower --vocab_size"]),
+    ("too little text of use", ["--dataset={tmp}/**/*.txt", "--tokenizer=bpe"], ["2048", "1 not UTF-8"]),
     ("unknown encoding", ["--tokenizer=gtp2"], ["gtp2", "'bpe'", "gpt2", "cl100k_base"]),
+    ("the released models' encoding", ["--tokenizer=tinypython_2k"], ["circuit_sparsity"]),
     ("no network for an encoding", ["--tokenizer=gpt2"], ["gpt2", "no network", "'bytes'"]),
     ("encoding over uint16", ["--tokenizer={tmp}/huge.json"], ["65537", "65536"]),
     ("encoding without an end", ["--tokenizer={tmp}/no_end.json"], ["<|endoftext|>"]),
@@ -480,7 +586,7 @@ BAD_PREPARE = [  # what is wrong, the arguments ({tmp} holds the files above), w
     ("another kind of .json", ["--tokenizer={tmp}/not.json"], ["not.json is not a tokenizer"]),
     ("data_dir is a file", ["--data_dir={tmp}/a_file"], ["cannot write", "a_file"]),
     ("data_dir cannot be made", ["--data_dir={tmp}/a_file/data"], ["cannot write", "a_file"]),
-    ("a folder of someone else's", ["--data_dir={tmp}/used"], ["used/d", "--name"]),
+    ("a folder of someone else's", ["--data_dir={tmp}/used"], ["used/d", "thesis.tex", "--name"]),
     ("a name outside data_dir", ["--name=../d"], ["'../d'", "--name"]),
     ("no name", ["--dataset=*", "--name="], ["--name"]),
     ("unknown setting", ["--vocabsize=300"], ["vocabsize", "vocab_size"]),

@@ -8,13 +8,15 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
 from conftest import family, finish, kill, launch, printed, read, tree, wait_for
-from test_sparsity import SPEED, assert_ended_alike, checkpoint, frozen, log, run, state, weights
+from test_sparsity import REPO, SPEED, assert_ended_alike, checkpoint, frozen, log, run, state, weights
 
 pytestmark = pytest.mark.slow
 
@@ -250,6 +252,52 @@ def test_killed_inside_a_checkpoint(here, whole, moment, name, step):
     assert run("train.py --init_from=resume") == 0
     assert_ended_alike("out", whole)
     assert not [path for path in tree() if path.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_sighup(here, monkeypatch, ignored):
+    """When the terminal hangs up the run finishes its step, writes a checkpoint and ends; under nohup, which
+    has the signal ignored, it goes on."""
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN) if ignored else None  # as it is inherited
+    try:
+        process = launch("train.py tiny.py --eval_interval=100", fault="""
+            update_ = train.update_
+            def hung_up_update_(model, optimizer, scaler, step):
+                if step == 5:
+                    os.kill(os.getpid(), signal.SIGHUP)
+                return update_(model, optimizer, scaler, step)
+            train.update_ = hung_up_update_
+            """)
+    finally:
+        if ignored:
+            signal.signal(signal.SIGHUP, handler)
+    assert finish(process) == (0, "")
+    assert checkpoint()["step"] == (12 if ignored else 6)
+
+
+def test_the_reader_of_a_pipe_is_gone(here):
+    """`train.py | head -3` ends soon after, without a traceback, with a checkpoint of its last step."""
+    command = [sys.executable, os.path.join(REPO, "train.py"), "tiny.py", "--max_iters=100000"]
+    with open("stderr.txt", "w") as err:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err)
+    for _ in range(3):
+        process.stdout.readline()
+    process.stdout.close()
+    assert finish(process) == (0, "")
+    assert checkpoint()["step"] == log()[-1]["step"] + 1
+
+
+def test_a_compiler_that_does_not_work_is_no_compiler(here, monkeypatch):
+    """A compiler that is there and fails, here for want of a header, is found out at the start: the run says
+    so in one line and goes on without torch.compile."""
+    with open("g++", "w") as f:
+        f.write("#!/bin/sh\necho 'fatal error: omp.h: No such file or directory' >&2\nexit 1\n")
+    os.chmod("g++", 0o755)
+    monkeypatch.setenv("CXX", os.path.abspath("g++"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", os.path.abspath("cache"))
+    status, error = finish(launch("train.py tiny.py --compile=True"))
+    assert status == 0 and "Traceback" not in error, error
+    assert read("stdout.txt").count("running without torch.compile") == 1
 
 
 def test_a_second_sigint_aborts_at_once(here):

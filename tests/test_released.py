@@ -264,7 +264,7 @@ def test_a_field_of_a_fork_that_is_off_does_no_harm(tmp_path):
     released.write(model, tmp_path / "fork")
 
 
-def test_a_released_model_is_trained_on_and_sampled(write, here):
+def test_a_released_model_is_trained_on_and_sampled(write, here, capsys):
     """--init_from=FOLDER starts training from its weights and shapes, and samples them; the run resumes."""
     model, folder = write(block_size=16, n_head=2)
     small = "--device=cpu --compile=False --batch_size=2 --gradient_accumulation_steps=1 --eval_iters=1"
@@ -273,6 +273,11 @@ def test_a_released_model_is_trained_on_and_sampled(write, here):
     assert weights() == frozen(model.state_dict())
     assert run("train.py --init_from=resume --max_iters=3 --learning_rate=1e-3") == 0
     assert checkpoint()["step"] == 3 and checkpoint()["config"]["n_head"] == 2
+    capsys.readouterr()
+    edit_released(folder, tokenizer_name="tinypython_2k")
+    assert run(f"sample.py --init_from={folder} --device=cpu") == 2  # which says where it comes from
+    [line] = capsys.readouterr().err.splitlines()
+    assert "tinypython_2k" in line and "pip install git+https://github.com/openai/circuit_sparsity" in line
     (folder / "tokenizer.json").write_text(read("data/tiny/tokenizer.json"))
     assert run(f"sample.py --init_from={folder} --num_samples=1 --max_new_tokens=20 --device=cpu") == 0
     assert run(f"{start} --d_model=32") == 2

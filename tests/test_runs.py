@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,6 +29,7 @@ from test_sparsity import (
     log,
     run,
     state,
+    weights,
 )
 
 
@@ -44,6 +46,12 @@ def test_importing_train_has_no_side_effects(tmp_path):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr, os.listdir(tmp_path)) == (0, b"", b"", [])
+
+
+def test_some_of_torchruns_variables_are_no_torchrun(here, monkeypatch):
+    """Schedulers leave such names in the environment: a run without torchrun is a single process."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert run("train.py tiny.py --max_iters=1") == 0
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -99,6 +107,23 @@ def test_resuming_a_finished_run_changes_nothing(here):
     assert state() == before
 
 
+def test_a_finished_run_that_goes_on_keeps_its_model(here, capsys):
+    """More steps on resume raise L0 and lr: one line says from where to where, and the model that was
+    finished stays, in a file of its own that a new run in the same out_dir moves aside with the others."""
+    assert run("train.py tiny.py") == 0
+    finished, best = state(), state("best.pt")
+    before = f"L0 {train.l0_at(11):.4g}, lr {train.lr_at(11):.2e}"
+    capsys.readouterr()
+    assert run("train.py --init_from=resume --max_iters=48 --eval_iters=3") == 0
+    [line] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("changed since")]
+    now = f"L0 {train.l0_at(11):.4g}, lr {train.lr_at(11):.2e}"
+    assert f"eval_iters=3, max_iters=48 ({before} -> {now})" in line and before != now
+    assert os.path.join("out", "finished-12.pt") in line and "best.pt" in line
+    assert state("finished-12.pt") == finished and state("best.pt") != best  # as L0 is as low again
+    assert run("train.py tiny.py --max_iters=4") == 0
+    assert os.path.exists("out/previous-1/finished-12.pt") and not os.path.exists("out/finished-12.pt")
+
+
 def test_a_checkpoint_sets_settings_only(trained, monkeypatch):
     """What a checkpoint names beside this script's settings replaces no function of it and is not added."""
     saved, found = checkpoint(), []
@@ -107,6 +132,20 @@ def test_a_checkpoint_sets_settings_only(trained, monkeypatch):
     call_before(monkeypatch, "update_", lambda *arguments: found.append(hasattr(train, "surprise")))
     assert run("train.py --init_from=resume") == 0
     assert found == [False] * 6 and callable(train.l0_at)
+
+
+@pytest.mark.parametrize("source", ["out/base", "out/base/best.pt"])
+def test_a_new_run_begins_with_the_weights_of_another(here, source):
+    """A dense run is made sparse in an out_dir of its own, from step 0 and with a fresh optimizer; the first
+    run keeps its bytes. The data may be other data, of the same tokenizer."""
+    assert run("train.py tiny.py --out_dir=out/base --target_l0_fraction=1 --max_iters=4") == 0
+    before, command = tree("out/base"), f"train.py tiny.py --init_from={source} --out_dir=out/sparse"
+    assert run(f"{command} --learning_rate=0 --max_iters=1 --target_l0_fraction=1") == 0
+    assert weights("out/sparse") == weights("out/base") and checkpoint(out_dir="out/sparse")["step"] == 1
+    assert run(command) == 0
+    assert log("out/sparse")[-1]["step"] == 12 and tree("out/base") == before
+    assert run(f"sample.py --init_from={source} --device=cpu --num_samples=1 --max_new_tokens=3") == 0
+    assert run(f"{command} --dataset=other") == run(f"{command} --n_layer=2") == 2
 
 
 def test_a_new_run_moves_an_old_one_aside(here):
@@ -243,6 +282,26 @@ def test_disk_full_during_the_log(here, capfd):
     assert checkpoint()["step"] == 4
 
 
+@pytest.mark.parametrize("allocate", [
+    lambda *_: torch.empty(2**56), lambda *_: np.empty(2**56),
+    lambda *_: torch.cuda.caching_allocator_alloc(2**56) if torch.cuda.is_available() else full_gpu()],
+    ids=["torch", "numpy", "gpu"])
+def test_out_of_memory(here, allocate, monkeypatch, capsys):
+    """A run for which the memory of CPU or GPU is too small ends with one line and status 2: what to halve
+    and what to double. Any other error stays what it is."""
+    call_before(monkeypatch, "gradients_of_step", allocate)
+    assert run("train.py tiny.py") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory") and "--batch_size" in line
+    call_before(monkeypatch, "gradients_of_step", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        run("train.py tiny.py")
+
+
+def full_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64 PiB.")
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient", "weights"])
 def test_a_number_that_is_none_stops_the_run(here, where, monkeypatch, capsys):
     """A loss or a gradient that is not finite, or weights that make the evaluation so, stop the run.
@@ -266,7 +325,7 @@ def test_a_number_that_is_none_stops_the_run(here, where, monkeypatch, capsys):
     assert tree("out")["ckpt.pt"] == before["ckpt.pt"] and tree("out")["best.pt"] == before["best.pt"]
 
 
-@pytest.mark.parametrize("flags", ["--learning_rate=1e30", "--learning_rate=1e20 --eval_interval=1"])
+@pytest.mark.parametrize("flags", ["--learning_rate=1e17", "--learning_rate=1e10 --eval_interval=1"])
 def test_a_run_that_explodes_keeps_a_finite_checkpoint(here, flags):
     """Whatever the learning rate does to the weights, the checkpoint that is left is finite."""
     run(f"train.py tiny.py {flags}")
