@@ -71,6 +71,11 @@ def read_task(task, tokenizer):
                 spec[part] = [([tokenizer.eot_token, *tokenizer.encode(prompt, disallowed_special=())],
                                [one_token(tokenizer, right), one_token(tokenizer, other)])
                               for prompt, right, other in spec[part]]
+            if {tuple(ids) for ids, _ in spec["prompts"]} & {tuple(ids) for ids, _ in spec["held_out"]}:
+                raise ValueError("held-out prompts that are not among the others")
+            if any(right == other for part in ("prompts", "held_out") for _, (right, other) in spec[part]):
+                raise ValueError("two different answers to each prompt")
+        spec["beyond"] = [str(other) for other in spec.get("beyond", ())]
     except OSError as e:
         fail(f"no task {path} ({e.strerror}): name a file of tasks/, or give a path that ends in .json")
     except (ValueError, TypeError, KeyError, AttributeError) as e:
@@ -113,15 +118,19 @@ def contexts_in(tokens, split, spec, tokenizer, block_size, most, process):
 
 
 def contexts_of(prompts, part, block_size, process):
-    """Those of a list of (ids, answers), from templates."""
+    """Those of a list of (ids, answers), from templates, in random order: as many of which the right answer
+    has the lower id of the two as of which it has the higher."""
     longest = max((len(ids) for ids, _ in prompts), default=0)
+    shuffled = [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))]
+    lower = np.array([right < other for _, (right, other) in shuffled], dtype=bool)
+    n = min(lower.sum(), (~lower).sum())
+    prompts = [shuffled[i] for i in sorted([*np.flatnonzero(lower)[:n], *np.flatnonzero(~lower)[:n]])]
     if len(prompts) < FEWEST:
-        fail(f"the task has {len(prompts)} {part}, fewer than {FEWEST}: write more")
+        fail(f"the task has {len(prompts)} {part} if either answer is to be right as often, fewer than "
+             f"{FEWEST}: write more")
     if longest > block_size:
         fail(f"a prompt of the task has {longest} tokens, with the <|endoftext|> before it, more than the "
              f"model's window of {block_size}: shorten it")
-    shuffled = np.random.default_rng(seed).permutation(len(prompts))
-    prompts = [prompts[i] for i in shuffled]
     idx = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in prompts])
     last = torch.tensor([len(ids) - 1 for ids, _ in prompts])
     answers = torch.tensor([answers for _, answers in prompts])
@@ -129,7 +138,7 @@ def contexts_of(prompts, part, block_size, process):
 
 
 def three_sets(spec, data, tokenizer, block_size, process):
-    """Contexts to learn masks on, to choose the size on, and to judge by."""
+    """Contexts to learn masks on, to choose the size on, and to judge by; either answer as often right."""
     if "pair" in spec:
         most = choosing_contexts + steps * batch_size
         train = contexts_in(data.train, "train", spec, tokenizer, block_size, most, process)
@@ -137,8 +146,22 @@ def three_sets(spec, data, tokenizer, block_size, process):
     else:
         train = contexts_of(spec["prompts"], "prompts", block_size, process)
         val = contexts_of(spec["held_out"], "held_out", block_size, process)
-    choosing = torch.arange(len(train)) < min(choosing_contexts, len(train) // 3)
+    half, sides = min(choosing_contexts, len(train) // 3) // 2, train.sides()
+    nth = torch.where(sides > 0, (sides > 0).cumsum(0), (sides < 0).cumsum(0))  # of its side, from 1
+    choosing = nth <= half
     return train[~choosing], train[choosing], val
+
+
+def sets_beyond(spec, judging, data, tokenizer, block_size, process):
+    """Contexts that the circuit was not made for: name -> Contexts. The task's in random order, those of the
+    tasks that it lists as "beyond", and any places of val, where the task's first two answers compete."""
+    starts = np.random.default_rng(seed).integers(len(data.val) - block_size, size=judging_contexts)
+    idx, _ = windows(data.val, starts, block_size, process)
+    n, answers = len(idx), judging.answers[0].sort().values
+    last = torch.full((n,), block_size - 1, device=idx.device)
+    return {"random order": judging.in_random_order(seed)} | {
+        other: three_sets(read_task(other, tokenizer)[0], data, tokenizer, block_size, process)[-1]
+        for other in spec["beyond"]} | {"ordinary text": Contexts(idx, last, answers.expand(n, 2))}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -297,7 +320,7 @@ def check_settings():
         fail(f"penalties={penalties!r} must be numbers, by commas")
 
 
-def put_beside(nodes, gates, sets, data, target, process):
+def put_beside(nodes, gates, sets, beyond, data, target, process):
     """All that is asked of a circuit besides its own result: name -> result."""
     judging = sets[-1]
     random, without_random = sceptic.random_draws(nodes, gates, judging, seed)
@@ -305,6 +328,9 @@ def put_beside(nodes, gates, sets, data, target, process):
         "without": result(nodes.judge(judging, 1 - gates)) | count(nodes, 1 - gates),
         "without_random": without_random, "random": random,
         "faithfulness": sceptic.faithfulness(nodes, gates, judging, seed),
+        "beyond": {name: {"circuit": sceptic.agreement(nodes, gates, contexts),
+                          "nothing": sceptic.agreement(nodes, 0 * gates, contexts)}
+                   for name, contexts in beyond.items()},
         "survival": {name: {c: round(x[c].item(), 4) for c in nodes.kept(gates)[name]}
                      for name, x in survival(nodes, judging, gates).items() if name in nodes.kept(gates)},
         "interventions": sceptic.interventions(nodes, gates, judging),
@@ -354,6 +380,7 @@ def main():
     spec, name = read_task(task, tokenizer)
     sets = learning, choosing, judging = three_sets(spec, data, tokenizer, model.config.block_size, process)
     target = target_loss or spec["target_loss"]
+    beyond = sets_beyond(spec, judging, data, tokenizer, model.config.block_size, process)
     nodes = measured_nodes(model, data, process)
     able = check_able(name, nodes, choosing, target)
     print(f"{name}: {nodes.number:,} nodes; target loss {target:g} on train, where the whole model has "
@@ -365,13 +392,13 @@ def main():
         fail(f"no search reached the target of {target:g}, the best was {chosen['lowest_loss']:.3f}: raise "
              "--target_loss or --steps, or lower --penalties")
     gates, ones = chosen["gates"], torch.ones(nodes.number, device=nodes.device)
-    results = sceptic.baselines(nodes, data.train, judging) | {
+    results = sceptic.baselines(nodes, data.train, judging, seed) | {
         "circuit": result(nodes.judge(judging, gates)) | count(nodes, gates),
         "circuit_fitted": sceptic.fitted(nodes, gates, choosing, judging),
         "whole_fitted": sceptic.fitted(nodes, ones, choosing, judging),
         "seeds": seeds_agree(nodes, runs, chosen)}
     if controls:
-        results |= put_beside(nodes, gates, sets, data, target, process)
+        results |= put_beside(nodes, gates, sets, beyond, data, target, process)
     answers = spec.get("pair")
     sceptic.print_table(results, f"{len(judging)} {'contexts of val' if answers else 'held-out prompts'}")
     sceptic.print_rest(results)

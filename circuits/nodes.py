@@ -4,7 +4,7 @@ A node is one channel at one of the eight sites of a block (Gao et al. 2025, sec
 through forward hooks on the modules that `GPT.sites` lists: there is no forward pass here.
 """
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import unwrap
 
 import torch
@@ -41,6 +41,13 @@ class Contexts:
     def sides(self):
         """1 where the right answer has the lower id of the two, else -1: (n)."""
         return (self.answers[:, 1] - self.answers[:, 0]).sign()
+
+    def in_random_order(self, seed):
+        """The same contexts, the tokens before the last shuffled."""
+        generator, idx = torch.Generator().manual_seed(seed), self.idx.clone()
+        for row, last in zip(idx, self.last.tolist(), strict=True):
+            row[:last] = row[torch.randperm(last, generator=generator).to(row.device)]
+        return replace(self, idx=idx)
 
 
 def node_sites(model):
@@ -94,17 +101,17 @@ class Nodes:
         """site -> (..., channels), views of gates (..., nodes)."""
         return dict(zip(self.sites, gates.split(self.sizes, dim=-1), strict=True))
 
-    def gates_of(self, kept):
-        """The gates that keep the channels listed in `kept`: site -> list."""
-        gates = torch.zeros(self.number, device=self.device)
-        for name, part in self.split(gates).items():
-            part[kept.get(name, [])] = 1
-        return gates
-
     def kept(self, gates):
         """site -> list of the channels whose gates are not 0, without the sites that have none."""
         kept = {name: part.nonzero()[:, 0].tolist() for name, part in self.split(gates).items()}
         return {name: channels for name, channels in kept.items() if channels}
+
+    def kept_heads(self, gates):
+        """The heads of which a query, key or value is kept: a sorted list of (block, head)."""
+        d_head = self.model.config.d_head
+        return sorted({(int(name.split(".")[0]), channel // d_head)
+                       for name, channels in self.kept(gates).items() for channel in channels
+                       if name.endswith(("attn_q", "attn_k", "attn_v"))})
 
     def logits(self, contexts, gates, watch=None):
         """Logits (n, 2) of the right answer and of the other when all nodes pass their gates.
@@ -112,7 +119,8 @@ class Nodes:
         Gates may also be m vectors (m, nodes), for m equal parts of the contexts, in order. `watch`, if
         given, is called with the name of each site and its gated nodes (n, T or 1, channels).
         After its scores the last block matters at the last token alone, so all else is cut off there, before
-        attention is projected and before the MLP. Adding to the stream restores its shape.
+        attention is projected and before the MLP. What they write is added to the stream of all tokens,
+        of which only that of the last is right, and read.
         """
         rows = torch.arange(len(contexts), device=self.device)
         parts, block = self.split(gates), self.model.transformer.h[-1]

@@ -109,9 +109,7 @@ def extremes(nodes, contexts, gates, kept, activations, tokenizer):
 def examples_of(nodes, gates, contexts, kept, tokenizer):
     """For each answer contexts that the circuit is as sure of as of half of them: a list of dicts."""
     logits = nodes.judge(contexts, gates)
-    margins, d_head, found = logits[:, 0] - logits[:, 1], nodes.model.config.d_head, []
-    heads = sorted({(int(site.split(".")[0]), channel // d_head) for site in kept for channel in kept[site]
-                    if location_of(site) in ("attn_q", "attn_k", "attn_v")})
+    margins, heads, found = logits[:, 0] - logits[:, 1], nodes.kept_heads(gates), []
     for side in (1, -1):
         rows = (contexts.sides() == side).nonzero()[:, 0]
         rows = rows[(margins[rows] - margins[rows].median()).abs().argsort()][:EXAMPLES]

@@ -1,7 +1,7 @@
 """What a sceptic asks of a circuit: functions that circuit.py calls, and the table that it prints.
 
-Results are dicts: loss and accuracy of the choice between two answers, nodes and edges. The controls that
-need a search of their own are at the end: models and labels with what was learned destroyed.
+Results are dicts: loss and accuracy of the choice between two answers, nodes and edges. At the end, for
+searches of their own: models and labels with what was learned destroyed.
 """
 from dataclasses import replace
 
@@ -20,28 +20,27 @@ GIVEN_BACK = (0.1, 0.25, 0.5, 0.75)  # shares of the ablated nodes
 
 
 def result(logits):
-    """Loss, its standard error and accuracy of logits (n, 2), the right answer's first."""
+    """Loss, standard error (if contexts are independent), accuracy; of logits (n, 2), the right first."""
     losses, margin = loss_of(logits), logits[:, 0] - logits[:, 1]
     return {"loss": losses.mean().item(), "standard_error": (losses.std() / len(losses)**0.5).item(),
             "accuracy": (margin.sign() / 2 + 0.5).mean().item()}  # a tie is half right
 
 
 def fitted(nodes, gates, choosing, judging):
-    """The result when the logits are scaled, and one answer's shifted, so as to do best on train.
-
-    A shift of both does nothing in a softmax.
-    """
+    """The result when the logits are scaled, and one answer's shifted, to do best on train (a shift of both
+    does nothing). Where all are right the best scale is endless, so a few count as wrong (Platt 1999)."""
+    wrong = 1 / (len(choosing) / 2 + 2)
     scale_and_shift = torch.tensor([1.0, 0.0], device=nodes.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([scale_and_shift], max_iter=50, line_search_fn="strong_wolfe")
 
     def fit(logits, contexts):
-        scale, shift = scale_and_shift
-        margin = scale * (logits[:, 0] - logits[:, 1]) + shift * contexts.sides()
+        margin = scale_and_shift[0] * (logits[:, 0] - logits[:, 1]) + scale_and_shift[1] * contexts.sides()
         return torch.stack([margin, torch.zeros_like(margin)], dim=1)
 
     def closure():
         optimizer.zero_grad()
-        loss = loss_of(fit(logits, choosing)).mean()
+        fits = fit(logits, choosing)
+        loss = ((1 - wrong) * loss_of(fits) + wrong * loss_of(fits.flip(1))).mean()
         loss.backward()
         return loss
 
@@ -53,16 +52,13 @@ def fitted(nodes, gates, choosing, judging):
 
 def last_token_alone(train, contexts):
     """Logits (n, 2) of how often train has each answer after the last token, as if both were as frequent."""
-    logits = torch.zeros(len(contexts), 2)
-    last, answers = contexts.last_tokens()[:, 0].cpu(), contexts.answers.cpu()
-    before, after, counts = train[:-1], train[1:], {}
-    for answer in answers.unique().tolist():
+    before, after, shares = train[:-1], train[1:], {}
+    for answer in contexts.answers.unique().tolist():
         count = np.bincount(before[after == answer], minlength=2**16)
-        counts[answer] = torch.from_numpy(count / max(count.sum(), 1))
-    for row, pair in enumerate(answers.tolist()):
-        share = torch.stack([counts[answer][last[row]] for answer in pair])
-        logits[row] = (share + 1e-5).log()  # about one occurrence: what is not in train decides nothing
-    return logits
+        shares[answer] = count / max(count.sum(), 1)
+    rows = zip(contexts.last_tokens()[:, 0].tolist(), contexts.answers.tolist(), strict=True)
+    found = torch.tensor([[shares[answer][last] for answer in pair] for last, pair in rows])
+    return (found + 1e-5).log()  # about one occurrence: what is not in train decides nothing
 
 
 def random_like(nodes, gates, generator):
@@ -75,13 +71,15 @@ def random_like(nodes, gates, generator):
     return drawn
 
 
-def baselines(nodes, train, contexts):
-    """Results without a circuit: name -> dict. What these solve is no task for one."""
+def baselines(nodes, train, contexts, seed):
+    """Results without a circuit: name -> dict. What bigrams solve is no task for one, and what is as easy in
+    random order asks only which tokens there are."""
     model, ones = nodes.model, torch.ones(nodes.number, device=nodes.device)
     bigrams = torch.zeros(len(contexts), 1, model.config.vocab_size, device=nodes.device)
     bigrams = (bigrams + F.embedding(contexts.last_tokens(), model.bigram_table))[:, 0]
     return {
         "whole": result(nodes.judge(contexts, ones)) | count(nodes, ones),
+        "random_order": result(nodes.judge(contexts.in_random_order(seed), ones)),
         "bigram_table": result(bigrams.gather(1, contexts.answers)),
         "last_token": result(last_token_alone(train, contexts)),
         "nothing": result(nodes.judge(contexts, 0 * ones)) | count(nodes, 0 * ones),
@@ -97,12 +95,31 @@ def random_draws(nodes, gates, contexts, seed):
             [result(nodes.judge(contexts, 1 - g)) | count(nodes, 1 - g) for g in drawn])
 
 
+def agreement(nodes, gates, contexts):
+    """How often the whole model chooses the same answer, right or wrong, and the correlation of how much the
+    answer of the lower id is preferred, 0 if one of the two does not vary."""
+    whole, inside = (contexts.sides() * (c[:, 0] - c[:, 1]) for c in
+                     (nodes.judge(contexts, torch.ones_like(gates)), nodes.judge(contexts, gates)))
+    return {"same_answer": ((whole > 0) == (inside > 0)).float().mean().item(),
+            "correlation": torch.corrcoef(torch.stack([whole, inside]))[0, 1].nan_to_num().item()}
+
+
+def attention_kept(nodes, gates, contexts):
+    """'block.head' of each head with a kept node -> the last token's attention to the token that it attends
+    to most in the whole model, there and in the circuit, and how much of all its attention is the same."""
+    found, heads = {}, nodes.kept_heads(gates)
+    for block in sorted({block for block, _ in heads}):
+        whole, inside = (nodes.attention(contexts, g, block) for g in (torch.ones_like(gates), gates))
+        first = whole.argmax(2, keepdim=True)
+        in_whole, in_circuit = (attention.gather(2, first).mean((0, 2)) for attention in (whole, inside))
+        same = torch.minimum(whole, inside).sum(2).mean(0)
+        found |= {f"{b}.{h}": {"whole": in_whole[h].item(), "circuit": in_circuit[h].item(),
+                               "same": same[h].item()} for b, h in heads if b == block}
+    return found
+
+
 def faithfulness(nodes, gates, contexts, seed):
     """Whether the circuit errs where the whole model errs, and gets better as nodes are given back to it."""
-    whole, inside = ((c[:, 0] - c[:, 1]) for c in (nodes.judge(contexts, torch.ones_like(gates)),
-                                                   nodes.judge(contexts, gates)))
-    sides = contexts.sides()
-    correlation = torch.corrcoef(torch.stack([whole * sides, inside * sides]))[0, 1].item()
     off = (gates == 0).nonzero()[:, 0]
     generator, losses = torch.Generator().manual_seed(seed), {share: [] for share in GIVEN_BACK}
     for _ in range(DRAWS):
@@ -111,13 +128,14 @@ def faithfulness(nodes, gates, contexts, seed):
             more = gates.clone()
             more[order[:int(share * len(off))]] = 1
             losses[share].append(loss_of(nodes.judge(contexts, more)).mean().item())
-    return {"same_answer": ((whole > 0) == (inside > 0)).float().mean().item(), "correlation": correlation,
-            "given_back": {str(share): values for share, values in losses.items()}}
+    return agreement(nodes, gates, contexts) | {
+        "attention": attention_kept(nodes, gates, contexts),
+        "given_back": {str(share): values for share, values in losses.items()}}
 
 
 def interventions(nodes, gates, contexts):
     """Results when kept nodes are removed or reversed: for each query, key, value and neuron, and for all
-    values of a head together. A list of dicts.
+    queries, keys or values of a head together. A list of dicts.
 
     In the whole model and in the circuit, with the accuracy for either answer, that of the lower id first.
     For queries and keys also the mean attention of their head, in the whole model, to the token that it
@@ -129,7 +147,7 @@ def interventions(nodes, gates, contexts):
         if location not in ("attn_q", "attn_k", "attn_v", "mlp_neuron"):
             continue
         groups = [[channel] for channel in channels]
-        if location == "attn_v":
+        if location != "mlp_neuron":
             heads = {c // d_head for c in channels}
             together = [[c for c in channels if c // d_head == head] for head in sorted(heads)]
             groups += [group for group in together if len(group) > 1]
@@ -190,7 +208,8 @@ def shuffled_labels(contexts, seed):
 
 HEADINGS = {
     "chance": "chance", "last_token": "last token alone", "bigram_table": "bigram table alone",
-    "whole": "whole model", "whole_fitted": "  its logits fitted", "nothing": "all nodes ablated",
+    "whole": "whole model", "whole_fitted": "  its logits fitted",
+    "random_order": "  tokens in random order", "nothing": "all nodes ablated",
     "circuit": "CIRCUIT", "circuit_fitted": "  its logits fitted", "without": "model without the circuit",
     "without_random": "model without random nodes", "random": "random nodes",
     "weights_drawn_anew": "weights drawn anew", "weights_shuffled": "weights shuffled",
@@ -244,6 +263,13 @@ def print_rest(results):
                      for share, losses in same["given_back"].items())
     print(f"same answer as the whole model: {same['same_answer']:.1%}; correlation of the logit "
           f"differences: {same['correlation']:.2f}\nloss as random ablated nodes are given back: {back}")
+    for name, pair in results["beyond"].items():
+        print(f"beyond, {name}: " + "; all nodes ablated: ".join(
+            "same answer {same_answer:.1%}, correlation {correlation:.2f}".format(**pair[which])
+            for which in ("circuit", "nothing")))
+    for head, x in same["attention"].items():
+        print("head {0}: attention to its first choice {whole:.2f} in the whole model, {circuit:.2f} in the "
+              "circuit; {same:.2f} of all attention is the same".format(head, **x))
     print("variance that nodes keep in the circuit (1: all): "
           + "; ".join(f"{name} " + " ".join(f"{x:.2f}" for x in shares.values())
                       for name, shares in results["survival"].items()))
