@@ -45,7 +45,6 @@ widths_tasks = ""  # and its tasks, by commas: who cannot do them has no point; 
 MODELS = {
     "sparse": "",
     "dense, same loss": "--target_l0_fraction=1 --max_iters=1050",
-    "dense, narrower": "--target_l0_fraction=1 --d_model=64",
     "dense, same shape": "--target_l0_fraction=1",
     "dense without AbsTopK, same shape": "--target_l0_fraction=1 --activation_topk_fraction=1 "
                                          "--learning_rate=9e-3",
@@ -53,8 +52,9 @@ MODELS = {
                                           "--learning_rate=9e-3 --max_iters=1050",
 }
 SEEDS = (1337, 1, 2)
-# figure 3: d_model and L0. At width 128 four weights for each neuron leave no L0 below 1/32
-GRID = {128: ("1", "1/4", "1/16", "1/32"), 256: ("1", "1/4", "1/16", "1/64"),
+# figure 3: d_model and L0. At width 128 four weights for each neuron leave no L0 below 1/32; the dense model of
+# width 64 ends at the loss of the sparse one of width 256
+GRID = {64: ("1",), 128: ("1", "1/4", "1/16", "1/32"), 256: ("1", "1/4", "1/16", "1/64"),
         512: ("1", "1/4", "1/16", "1/64")}
 # a step has the config's 32 windows, in one pass: half the launches
 TRAINING = "--batch_size=32 --gradient_accumulation_steps=1 --eval_iters=30 --dtype=float32 --compile=False"
