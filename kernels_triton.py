@@ -126,7 +126,8 @@ class KeepLargest(torch.autograd.Function):
     def backward(ctx, dy):
         bits, = ctx.saved_tensors
         n = dy.size(-1)
-        if torch.compiler.is_compiling():  # in operators that the compiler fuses with what is next to them
+        # in operators that the compiler fuses with what is next to them, or that can be differentiated again
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
             mask = (bits.int().unsqueeze(-1) >> torch.arange(8, dtype=torch.int32, device=dy.device)) & 1
             return torch.where(mask.flatten(-2)[..., :n] != 0, dy, 0.0), None
         dy = dy.contiguous()
@@ -207,12 +208,13 @@ def floor_kernel(table, keys, addresses, values, BY_COLUMNS: tl.constexpr, NEURO
     """Keys, addresses and values of the j largest of each of a few neurons that lie next to each other."""
     _, tensor, tile = tensor_of(table, FIRST_COLUMN_TILE if BY_COLUMNS else FIRST_ROW, TENSORS)
     neurons = tl.load(tensor + NEURONS)
-    n = tl.multiple_of(tl.load(tensor + SIZE) // neurons, ALIGN)
-    neurons = tl.multiple_of(neurons, ALIGN)
+    n = tl.load(tensor + SIZE) // neurons
     neuron, weight = tile * NEURONS_HERE + tl.arange(0, NEURONS_HERE), tl.arange(0, LENGTH)
     if BY_COLUMNS:
+        neurons = tl.multiple_of(neurons, ALIGN)
         index = neuron[:, None] + weight[None, :] * neurons
     else:
+        n = tl.multiple_of(n, ALIGN)
         index = neuron[:, None] * n + weight[None, :]
     is_neuron = neuron < neurons
     scores = floats_at(tl.load(tensor + SCORES), ALIGN)
@@ -255,7 +257,7 @@ def bracket_kernel(table, floors, brackets, SAMPLE: tl.constexpr):
                     high = tl.where(count >= k, trial, high)
                 else:
                     low = tl.where(count >= k, trial, low)
-        high += 1 << 14
+        high += (1 << 14) - 1  # at most LARGEST
     tl.store(brackets + 2 * tl.program_id(0), low)
     tl.store(brackets + 2 * tl.program_id(0) + 1, high)
 
@@ -291,10 +293,13 @@ def kth_kernel(table, floors, brackets, counts, candidates, kth, CHUNK: tl.const
     high = tl.load(brackets + 2 * i + 1).to(tl.int64) << 32
     count = above + n + floor_size - count_reach(floor, floor_size, low, CHUNK)
     count_high = above + floor_size - count_reach(floor, floor_size, high, CHUNK)
-    everything = low == 1 << 32  # but the zeros, which need not be kept
-    found = (n <= tl.load(tensor + CANDIDATES_SIZE)) & (count_high < k) & ((count >= k) | everything)
+    # what is no candidate for its score of zero matters only if the weight is another number
+    all_that_matters = (low == 1 << 32) & (tl.load(tensor + SCORES) == tl.load(tensor + WEIGHTS))
+    found = (n <= tl.load(tensor + CANDIDATES_SIZE)) & (count_high <= k) & ((count >= k) | all_that_matters)
     if not found:
-        low, high, count = low * 0 + 2**32, low * 0 + LARGEST * 2**32, count * 0 + size
+        low, high, count = low * 0, tl.where(count < k, low, LARGEST * 2**32), count * 0 + size
+    elif count_high == k:
+        low, count = high, count_high
     while (high - low > 1) & (count > k):
         key = low + (high - low) // 2
         reach = floor_size - count_reach(floor, floor_size, key, CHUNK)
@@ -351,7 +356,7 @@ def table_of(tensors, scores):
 def keep_survivors_(tensors, score):
     """`model.keep_survivors_` of contiguous float32 tensors, with scores compared as float32."""
     device, count = tensors[0][0].device, len(tensors)
-    scores = [score(p).float().contiguous() for p, *_ in tensors]
+    scores = [score(p).float().contiguous().view_as(p) for p, *_ in tensors]
     table, (blocks, rows, column_tiles, floor_size, candidates_size) = table_of(tensors, scores)
     table = (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
     used = [*scores, *(p for p, *_ in tensors)]
