@@ -57,7 +57,7 @@ def sink_attention(q, k, v, sink_logit, dropout_p):
 
 
 def score(p):
-    """What ranks the weights of p, by magnitude: finite numbers. In training p.grad is this step's gradient."""
+    """What ranks the weights of p, by magnitude: finite. In training p.grad is this step's gradient."""
     return p
 
 
