@@ -265,7 +265,7 @@ def to_prune(width):
     normal = torch.randn(20, 18 * width, generator=g)
     found = []
     for l0 in (0.0, 0.1, 0.6, 1.0):
-        for p, j, dim in ((normal, 4, 0), (normal.T, 3, 1), (normal[:, :16], 1, 1), (normal[:9], 0, None),
+        for p, j, dim in ((normal, 4, 0), (normal, 2, 1), (normal[:, :16], 1, 1), (normal[:9], 0, None),
                           ((2 * normal).round(), 0, None), (normal.relu(), 1, 0), (normal[0], 0, None),
                           (torch.full((20, 18 * width), -0.5), 0, None), (torch.zeros(8, width), 2, 0)):
             least = j * p.size(dim) if j else 0
@@ -297,10 +297,11 @@ def test_triton_prunes_as_defined(triton_device, width, sample, monkeypatch):
 def test_triton_prunes_by_any_score(triton_device, monkeypatch):
     """Of weights whose score is zero the first are kept; also of other precisions and strides. A score of
     another size is refused."""
-    monkeypatch.setattr("kernels_triton.SAMPLE", 64)
-    for i, other in enumerate((lambda p: p.relu(), lambda p: p.bfloat16(), torch.zeros_like,
-                               lambda p: torch.stack([p, p], -1)[..., 0])):
-        assert_prunes_as_defined(to_prune(25)[i::4], other, triton_device)
+    for i, (sample, other) in enumerate((
+            (16384, torch.relu), (64, torch.Tensor.bfloat16), (64, torch.zeros_like),
+            (64, torch.relu), (16384, lambda p: torch.stack([p, p], -1)[..., 0]))):
+        monkeypatch.setattr("kernels_triton.SAMPLE", sample)
+        assert_prunes_as_defined(to_prune(25)[i::5], other, triton_device)
     with pytest.raises(RuntimeError, match="size"):
         assert_prunes_as_defined(to_prune(25), lambda p: p[:1], triton_device)
 
