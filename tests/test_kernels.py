@@ -248,7 +248,8 @@ def test_triton_keeps_the_k_largest(triton_device, dtype, n, k):
 
     x = torch.randn(9, n, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[0], x[1], x[2], x[3], x[4, n // 2] = 0.0, 1.0, x[2].relu(), x[3].round(), torch.inf
-    leaf, dy = x.to(triton_device).requires_grad_(), torch.randn(9, n).to(dtype)
+    view = torch.cat([x, x], dim=1).to(triton_device)[:, :n]
+    leaf, dy = view.detach().requires_grad_(), torch.randn(9, n).to(dtype)
     kept = kernels_triton.KeepLargest.apply(leaf, k)
     assert torch.equal(kept.detach().cpu(), plain_abs_topk(x, k))
     dy = dy.to(triton_device).requires_grad_()
@@ -264,10 +265,10 @@ def to_prune(width):
     g = torch.Generator().manual_seed(width)
     normal = torch.randn(20, 18 * width, generator=g)
     found = []
-    for l0 in (0.0, 0.1, 0.6, 1.0):
-        for p, j, dim in ((normal, 4, 0), (normal, 2, 1), (normal[:, :16], 1, 1), (normal[:9], 0, None),
-                          ((2 * normal).round(), 0, None), (normal.relu(), 1, 0), (normal[0], 0, None),
-                          (torch.full((20, 18 * width), -0.5), 0, None), (torch.zeros(8, width), 2, 0)):
+    for l0 in (1.0, 0.6, 0.1, 0.0):
+        for p, j, dim in ((torch.zeros(8, width), 2, 0), (normal, 4, 0), (normal, 2, 1),
+                          (normal[:, :16], 1, 1), (normal[:9], 0, None), ((2 * normal).round(), 0, None), (normal.relu(), 1, 0),
+                          (normal[0], 0, None), (torch.full((20, 18 * width), -0.5), 0, None)):
             least = j * p.size(dim) if j else 0
             found.append((p.clone(memory_format=torch.contiguous_format),
                           max(least, min(int(l0 * p.numel()), p.numel() - 1)), j, dim))
@@ -292,6 +293,21 @@ def test_triton_prunes_as_defined(triton_device, width, sample, monkeypatch):
     which weights may be the last to survive."""
     monkeypatch.setattr("kernels_triton.SAMPLE", sample)
     assert_prunes_as_defined(to_prune(width), score, triton_device)
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 1e-45), (0.5, 1.0), (1e30, 1e31), (150.0, 200.00002)])
+def test_triton_survives_a_wrong_guess(triton_device, low, high, monkeypatch):
+    """Whatever the sample says, k survive; also if exactly k reach the upper end of what it says."""
+    ends = torch.tensor([low, high]).view(torch.int32)
+
+    class Guess:
+        def __getitem__(self, grid):
+            return lambda table, floors, brackets, **_: brackets.copy_(ends.repeat(len(brackets) // 2))
+
+    monkeypatch.setattr("kernels_triton.bracket_kernel", Guess())
+    monkeypatch.setattr("kernels_triton.SAMPLE", 64)
+    p = torch.cat([torch.arange(200.0, 301.0), torch.arange(200.0)])  # 100 are larger than the first
+    assert_prunes_as_defined([(p, 100, 0, None), *to_prune(25)[::5]], score, triton_device)
 
 
 def test_triton_prunes_by_any_score(triton_device, monkeypatch):
