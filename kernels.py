@@ -171,7 +171,8 @@ def keep_survivors_(tensors, score):
     if all(p.is_cpu for p, *_ in tensors):
         list(workers.map(lambda tensor: keep_survivors_of_one_(*tensor, score), tensors))
     elif for_triton(tensors[0][0]) and all(p.dtype == torch.float32 and p.is_contiguous()
-                                           and p.device == tensors[0][0].device for p, *_ in tensors):
+                                           and p.device == tensors[0][0].device
+                                           and p.numel() < 2**31 for p, *_ in tensors):
         kernels_triton.keep_survivors_(tensors, score)
     else:
         return NotImplemented

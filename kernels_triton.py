@@ -126,7 +126,8 @@ class KeepLargest(torch.autograd.Function):
     def backward(ctx, dy):
         bits, = ctx.saved_tensors
         n = dy.size(-1)
-        if torch.compiler.is_compiling():  # in operators that the compiler fuses with what is next to them
+        # in operators that the compiler fuses with what is next to them, or that can be differentiated again
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
             mask = (bits.int().unsqueeze(-1) >> torch.arange(8, dtype=torch.int32, device=dy.device)) & 1
             return torch.where(mask.flatten(-2)[..., :n] != 0, dy, 0.0), None
         dy = dy.contiguous()
@@ -150,7 +151,11 @@ def warps(block):
 # score and below them, for the lower index first among equals, the index counted down. A key is the k-th if
 # there are k entries that reach it or are of the floor.
 #
-# Nine launches instead of hundreds, each over all tensors. A table, int64, has a row for each, of these:
+# floor_kernel lists the keys of the floors. bracket_kernel tells from a sample of a tensor between which two
+# scores the k-th is. candidates_kernel reads every score, counts those above and lists the keys of those
+# between, which are few. Among them kth_kernel finds the k-th key; or, if the sample was wrong or the list
+# is too short, among all, which is slow. zero_kernel zeros what does not reach it, and restore_kernel puts
+# the floors back. A launch is over all tensors: a table, int64, has a row for each, of these numbers:
 
 FIELDS = ("scores", "weights", "size", "k", "neurons", "floor_size", "candidates_size", "first_block",
           "first_row", "first_column_tile", "first_floor", "first_candidate")
@@ -175,6 +180,7 @@ def tensor_of(table, field, TENSORS: tl.constexpr):
 
 @triton.jit
 def floats_at(address, ALIGN: tl.constexpr):
+    """The pointer to float32 numbers at an address, ALIGN of which the memory may give at once."""
     return tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 4 * ALIGN)
 
 
@@ -187,6 +193,7 @@ def bits_of(scores, index, inside):
 
 @triton.jit
 def key_of(bits, index):
+    """Of entries outside, whose bits are -1, the key is negative: it reaches no key of an entry."""
     return (bits.to(tl.int64) << 32) | (~index.to(tl.int64) & LAST_INDEX)
 
 
@@ -204,15 +211,18 @@ def count_reach(keys, n, key, CHUNK: tl.constexpr):
 @triton.jit
 def floor_kernel(table, keys, addresses, values, BY_COLUMNS: tl.constexpr, NEURONS_HERE: tl.constexpr,
                  LENGTH: tl.constexpr, ALIGN: tl.constexpr, TENSORS: tl.constexpr):
-    """Keys, addresses and values of the j largest of each of a few neurons that lie next to each other."""
+    """Keys, addresses and values of the j largest of each of a few neurons that lie next to each other: the
+    largest is found j times, and is -1 from then on. So a neuron is read once; j is small.
+    """
     _, tensor, tile = tensor_of(table, FIRST_COLUMN_TILE if BY_COLUMNS else FIRST_ROW, TENSORS)
     neurons = tl.load(tensor + NEURONS)
-    n = tl.multiple_of(tl.load(tensor + SIZE) // neurons, ALIGN)
-    neurons = tl.multiple_of(neurons, ALIGN)
+    n = tl.load(tensor + SIZE) // neurons
     neuron, weight = tile * NEURONS_HERE + tl.arange(0, NEURONS_HERE), tl.arange(0, LENGTH)
     if BY_COLUMNS:
+        neurons = tl.multiple_of(neurons, ALIGN)
         index = neuron[:, None] + weight[None, :] * neurons
     else:
+        n = tl.multiple_of(n, ALIGN)
         index = neuron[:, None] * n + weight[None, :]
     is_neuron = neuron < neurons
     scores = floats_at(tl.load(tensor + SCORES), ALIGN)
@@ -234,11 +244,14 @@ def floor_kernel(table, keys, addresses, values, BY_COLUMNS: tl.constexpr, NEURO
 
 @triton.jit
 def bracket_kernel(table, floors, brackets, SAMPLE: tl.constexpr):
-    """Bits of scores between which the k-th key of a tensor is, almost surely, as a sample of it says."""
+    """Bits of scores between which the k-th key of a tensor is, almost surely, as a sample of it says: the
+    largest that k scores reach if the sample shows too many of them by a margin, or too few.
+    """
     tensor = table + tl.program_id(0) * WIDTH
     size, k = tl.load(tensor + SIZE), tl.load(tensor + K)
     floor, floor_size = floors + tl.load(tensor + FIRST_FLOOR), tl.load(tensor + FLOOR_SIZE)
-    low, high = (size - size).to(tl.int32), (size - size).to(tl.int32) + LARGEST  # for small ones
+    low = (size - size).to(tl.int32)  # a zero in a register, of a type that the loop can keep
+    high = low + LARGEST  # these are for small tensors
     if size > 4 * SAMPLE:
         i, share = tl.arange(0, SAMPLE), size // SAMPLE
         anywhere = ((i * 0x1E3779B1) >> 8) & 0xFFFFFF  # or a sample would be of few columns
@@ -255,21 +268,23 @@ def bracket_kernel(table, floors, brackets, SAMPLE: tl.constexpr):
                     high = tl.where(count >= k, trial, high)
                 else:
                     low = tl.where(count >= k, trial, low)
-        high += 1 << 14
+        high += (1 << 14) - 1  # at most LARGEST
     tl.store(brackets + 2 * tl.program_id(0), low)
     tl.store(brackets + 2 * tl.program_id(0) + 1, high)
 
 
 @triton.jit
 def candidates_kernel(table, brackets, counts, candidates, ALIGN: tl.constexpr, TENSORS: tl.constexpr):
-    """Of a block, how many scores are above the bracket, and the keys of those within, added to a list."""
+    """Of a block, how many scores are above the bracket, and the keys of those within, added to a list, in
+    no order between blocks.
+    """
     which, tensor, block = tensor_of(table, FIRST_BLOCK, TENSORS)
     start, index = block * BLOCK, tl.arange(0, BLOCK)
     inside = index < tl.multiple_of((tl.load(tensor + SIZE) - start).to(tl.int32), ALIGN)
     bits = bits_of(floats_at(tl.load(tensor + SCORES), ALIGN) + start, index, inside)
     low, high = tl.load(brackets + 2 * which), tl.load(brackets + 2 * which + 1)
     tl.atomic_add(counts + 2 * which, tl.sum((bits >= high).to(tl.int32), 0), sem="relaxed")
-    within = (bits >= tl.maximum(low, 1)) & (bits < high)  # zeros stay zeros either way
+    within = (bits >= tl.maximum(low, 1)) & (bits < high)  # no zeros: pruned weights have many
     fours = tl.reshape(within.to(tl.int32), [BLOCK // 4, 4])  # which a thread holds: a cumsum of few numbers
     before = tl.cumsum(tl.sum(fours, 1), 0) - tl.sum(fours, 1)
     place = tl.reshape(before[:, None] + tl.cumsum(fours, 1) - 1, [BLOCK])
@@ -291,10 +306,13 @@ def kth_kernel(table, floors, brackets, counts, candidates, kth, CHUNK: tl.const
     high = tl.load(brackets + 2 * i + 1).to(tl.int64) << 32
     count = above + n + floor_size - count_reach(floor, floor_size, low, CHUNK)
     count_high = above + floor_size - count_reach(floor, floor_size, high, CHUNK)
-    everything = low == 1 << 32  # but the zeros, which need not be kept
-    found = (n <= tl.load(tensor + CANDIDATES_SIZE)) & (count_high < k) & ((count >= k) | everything)
+    # fewer than k are not zero: which zeros are kept matters only if they are the scores of other numbers
+    no_matter = (low == 1 << 32) & (tl.load(tensor + SCORES) == tl.load(tensor + WEIGHTS))
+    found = (n <= tl.load(tensor + CANDIDATES_SIZE)) & (count_high <= k) & ((count >= k) | no_matter)
     if not found:
-        low, high, count = low * 0 + 2**32, low * 0 + LARGEST * 2**32, count * 0 + size
+        low, high, count = low * 0, tl.where(count < k, low, LARGEST * 2**32), count * 0 + size
+    elif count_high == k:  # as where the floor is all that is kept
+        low, count = high, count_high
     while (high - low > 1) & (count > k):
         key = low + (high - low) // 2
         reach = floor_size - count_reach(floor, floor_size, key, CHUNK)
@@ -314,7 +332,9 @@ def kth_kernel(table, floors, brackets, counts, candidates, kth, CHUNK: tl.const
 
 @triton.jit
 def zero_kernel(table, kth, ALIGN: tl.constexpr, TENSORS: tl.constexpr):
-    """Zeros in the place of the weights of a block whose keys do not reach the k-th."""
+    """Zeros in the place of the weights of a block whose keys do not reach the k-th: in 32 bits, as a key is
+    at least the k-th if its score is larger, or is equal and its index at most the k-th's.
+    """
     which, tensor, block = tensor_of(table, FIRST_BLOCK, TENSORS)
     key = tl.load(kth + which)
     start, index = block * BLOCK, tl.arange(0, BLOCK)
@@ -351,7 +371,7 @@ def table_of(tensors, scores):
 def keep_survivors_(tensors, score):
     """`model.keep_survivors_` of contiguous float32 tensors, with scores compared as float32."""
     device, count = tensors[0][0].device, len(tensors)
-    scores = [score(p).float().contiguous() for p, *_ in tensors]
+    scores = [score(p).float().contiguous().view_as(p) for p, *_ in tensors]
     table, (blocks, rows, column_tiles, floor_size, candidates_size) = table_of(tensors, scores)
     table = (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
     used = [*scores, *(p for p, *_ in tensors)]

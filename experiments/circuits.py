@@ -44,7 +44,7 @@ widths_tasks = ""  # and its tasks, by commas: who cannot do them has no point; 
 # AbsTopK to about its pretraining loss. Without AbsTopK the best learning rate is about half
 MODELS = {
     "sparse": "",
-    "dense, same loss": "--target_l0_fraction=1 --max_iters=1050",
+    "dense, fewer steps, same loss": "--target_l0_fraction=1 --max_iters=1050",
     "dense, same shape": "--target_l0_fraction=1",
     "dense without AbsTopK, same shape": "--target_l0_fraction=1 --activation_topk_fraction=1 "
                                          "--learning_rate=9e-3",
@@ -344,6 +344,8 @@ def draw_widths(n, points):
                 ylabel=f"edges at loss {widths_target:g}, geometric mean over {n} tasks") as axis:
         for d_model in GRID:
             line = [point[1:] for point in points if point[0] == d_model]
+            if not line:
+                continue
             axis.plot([x for _, x, _ in line], [y for *_, y in line], marker="o", markersize=4,
                       label=f"d_model {d_model}")
             for l0, x, y in line:

@@ -248,35 +248,78 @@ def test_triton_keeps_the_k_largest(triton_device, dtype, n, k):
 
     x = torch.randn(9, n, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[0], x[1], x[2], x[3], x[4, n // 2] = 0.0, 1.0, x[2].relu(), x[3].round(), torch.inf
-    leaf, dy = x.to(triton_device).requires_grad_(), torch.randn(9, n).to(dtype)
+    view = torch.cat([x, x], dim=1).to(triton_device)[:, :n]
+    leaf, dy = view.detach().requires_grad_(), torch.randn(9, n).to(dtype)
     kept = kernels_triton.KeepLargest.apply(leaf, k)
     assert torch.equal(kept.detach().cpu(), plain_abs_topk(x, k))
-    dx, = torch.autograd.grad(kept, leaf, dy.to(triton_device))
-    assert torch.equal(dx.cpu(), torch.where(plain_mask(x, k), dy, 0.0))
+    dy = dy.to(triton_device).requires_grad_()
+    expected = torch.where(plain_mask(x, k), dy.detach().cpu(), 0.0)
+    for again in (False, True):  # the second time as if the gradient were to be differentiated
+        dx, = torch.autograd.grad(kept, leaf, dy, retain_graph=True, create_graph=again)
+        assert torch.equal(dx.detach().cpu(), expected) and dx.requires_grad == again
 
 
-@pytest.mark.parametrize("sample", [16384, 64])
-@pytest.mark.parametrize("j", [0, 1, 4])
-@pytest.mark.parametrize("l0", [0.95, 0.5, 0.15])
-def test_triton_prunes_as_a_cpu_does(triton_device, l0, j, sample, monkeypatch):
-    """All matrices at once, some of them with ties and with more zeros than are pruned; also where a sample
-    says, rightly or wrongly, which weights may be the last to survive."""
+def to_prune(width):
+    """(p, k, j, neuron_dim) of matrices of up to three blocks: without ties, with, with nothing but equals,
+    with zeros. k is from the floor's size to all but one."""
+    g = torch.Generator().manual_seed(width)
+    normal = torch.randn(20, 18 * width, generator=g)
+    found = []
+    for l0 in (1.0, 0.6, 0.1, 0.0):
+        for p, j, dim in ((torch.zeros(8, width), 2, 0), (normal, 4, 0), (normal, 2, 1),
+                          (normal[:, :16], 1, 1), (normal[:9], 0, None), ((2 * normal).round(), 0, None), (normal.relu(), 1, 0),
+                          (normal[0], 0, None), (torch.full((20, 18 * width), -0.5), 0, None)):
+            least = j * p.size(dim) if j else 0
+            found.append((p.clone(memory_format=torch.contiguous_format),
+                          max(least, min(int(l0 * p.numel()), p.numel() - 1)), j, dim))
+    return found
+
+
+def assert_prunes_as_defined(tensors, score, device):
+    """What Triton's kernels leave of all `tensors` at once is what the definition leaves of each."""
     import kernels_triton
 
-    monkeypatch.setattr(kernels_triton, "SAMPLE", sample)
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=1, d_model=48, d_head=16, d_mlp=400, vocab_size=50))  # up to 3 blocks
-    with torch.no_grad():
-        model.transformer.wte.weight.round_(decimals=2)
-        model.transformer.h[0].attn.c_attn.weight.copy_(torch.randint(-3, 4, (144, 48)))
-        model.lm_head.weight[:, 10:] = 0.0
-    parameters = [(p.detach(), dim) for _, p, dim in model.sparse_parameters()]
-    todo = [(p.to(triton_device, copy=True), max(1, int(l0 * p.numel())), 0 if dim is None else j, dim)
-            for p, dim in parameters]
-    kernels_triton.keep_survivors_(todo, score)
-    for (pruned, *how), (p, _) in zip(todo, parameters, strict=True):
-        keep_survivors_([(p, *how)], score)
-        assert torch.equal(pruned.cpu(), p)
+    pruned = [(p.to(device, copy=True), *how) for p, *how in tensors]
+    kernels_triton.keep_survivors_(pruned, score)
+    for (p, *_), (plain, *how) in zip(pruned, tensors, strict=True):
+        expected = plain.to(device, copy=True)
+        unwrap(keep_survivors_)([(expected, *how)], score)
+        assert torch.equal(p, expected), (p.shape, how)
+
+
+@pytest.mark.parametrize("width, sample", [(25, 16384), (32, 64)])
+def test_triton_prunes_as_defined(triton_device, width, sample, monkeypatch):
+    """Many tensors at once, whose rows are aligned or not; also where a sample says, rightly or wrongly,
+    which weights may be the last to survive."""
+    monkeypatch.setattr("kernels_triton.SAMPLE", sample)
+    assert_prunes_as_defined(to_prune(width), score, triton_device)
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 1e-45), (0.5, 1.0), (1e30, 1e31), (150.0, 200.00002)])
+def test_triton_survives_a_wrong_guess(triton_device, low, high, monkeypatch):
+    """Whatever the sample says, k survive; also if exactly k reach the upper end of what it says."""
+    ends = torch.tensor([low, high]).view(torch.int32)
+
+    class Guess:
+        def __getitem__(self, grid):
+            return lambda table, floors, brackets, **_: brackets.copy_(ends.repeat(len(brackets) // 2))
+
+    monkeypatch.setattr("kernels_triton.bracket_kernel", Guess())
+    monkeypatch.setattr("kernels_triton.SAMPLE", 64)
+    p = torch.cat([torch.arange(200.0, 301.0), torch.arange(200.0)])  # 100 are larger than the first
+    assert_prunes_as_defined([(p, 100, 0, None), *to_prune(25)[::5]], score, triton_device)
+
+
+def test_triton_prunes_by_any_score(triton_device, monkeypatch):
+    """Of weights whose score is zero the first are kept; also of other precisions and strides. A score of
+    another size is refused."""
+    for i, (sample, other) in enumerate((
+            (16384, torch.relu), (64, torch.Tensor.bfloat16), (64, torch.zeros_like),
+            (64, torch.relu), (16384, lambda p: torch.stack([p, p], -1)[..., 0]))):
+        monkeypatch.setattr("kernels_triton.SAMPLE", sample)
+        assert_prunes_as_defined(to_prune(25)[i::5], other, triton_device)
+    with pytest.raises(RuntimeError, match="size"):
+        assert_prunes_as_defined(to_prune(25), lambda p: p[:1], triton_device)
 
 
 # ----------------------------------------------------------------------------------------------------------

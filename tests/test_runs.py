@@ -9,6 +9,7 @@ import math
 import os
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -218,6 +219,16 @@ def test_sigint_writes_one_checkpoint_and_says_how_to_resume(here, monkeypatch, 
     assert checkpoint(out_dir="two words")["step"] == 12
 
 
+@pytest.mark.parametrize("step, end", [(0, 1), (5, 7), (6, 8), (7, 8), (11, 12)])
+def test_where_numbers_are_read_late_a_signal_is_too(here, whole, step, end):
+    """At steps that are not logged the run stops one step later than it was asked to, but before the next
+    evaluation; resumed, it ends like one that was neither stopped nor read late."""
+    assert interrupted_run("train.py tiny.py --log_every_n_steps=100", step) == 0
+    assert checkpoint()["step"] == end
+    assert run("train.py --init_from=resume") == 0
+    assert state() == state(out_dir=whole) and state("best.pt") == state("best.pt", whole)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # full disks and numbers that are none
 
@@ -323,6 +334,28 @@ def test_a_number_that_is_none_stops_the_run(here, where, monkeypatch, capsys):
     step = {"loss": 5, "gradient": 5, "weights": 8}[where]
     assert line.startswith("error: ") and f"step {step} " in line and os.path.join("out", "ckpt.pt") in line
     assert tree("out")["ckpt.pt"] == before["ckpt.pt"] and tree("out")["best.pt"] == before["best.pt"]
+
+
+@pytest.mark.parametrize("step", range(4, 9))
+@pytest.mark.parametrize("signal_before", [None, 0, 1])
+def test_a_number_that_is_read_late_is_not_saved(here, step, signal_before, monkeypatch, capsys):
+    """Where nothing is logged: the next step has begun when a NaN is read, and a signal may have come at
+    that step or the one before; but the checkpoint is still that of the last evaluation."""
+    def spoil(model, optimizer, scaler, now):
+        if signal_before is not None and now == step - signal_before:
+            os.kill(os.getpid(), signal.SIGINT)
+        if now == step:
+            model.transformer.ln_f.weight.grad[3] = math.nan
+
+    call_before(monkeypatch, "update_", spoil)
+    status = run("train.py tiny.py --log_every_n_steps=100")
+    if signal_before and step in (4, 8):  # step - 1 is read at once, and the run stops there
+        assert (status, checkpoint()["step"]) == (0, step)
+    else:
+        assert status == 1 and f"at step {step} the loss is" in capsys.readouterr().err
+        assert checkpoint()["step"] == step // 4 * 4
+    for name in ("ckpt.pt", "best.pt"):
+        assert all(w.isfinite().all() for w in checkpoint(name)["model"].values())
 
 
 @pytest.mark.parametrize("flags", ["--learning_rate=1e17", "--learning_rate=1e10 --eval_interval=1"])
