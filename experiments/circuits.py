@@ -52,8 +52,8 @@ MODELS = {
                                           "--learning_rate=9e-3 --max_iters=1050",
 }
 SEEDS = (1337, 1, 2)
-# figure 3: d_model and L0. At width 128 four weights for each neuron leave no L0 below 1/32; the dense model of
-# width 64 ends at the loss of the sparse one of width 256
+# figure 3: d_model and L0. At width 128 four weights for each neuron leave no L0 below 1/32; the dense model
+# of width 64 ends at the loss of the sparse one of width 256
 GRID = {64: ("1",), 128: ("1", "1/4", "1/16", "1/32"), 256: ("1", "1/4", "1/16", "1/64"),
         512: ("1", "1/4", "1/16", "1/64")}
 # a step has the config's 32 windows, in one pass: half the launches
@@ -342,10 +342,8 @@ def draw_widths(n, points):
     """Figure 3: edges against val loss, a line for each width, its points by L0."""
     with figure(widths_image, xlabel="val loss of the model (nats per token)",
                 ylabel=f"edges at loss {widths_target:g}, geometric mean over {n} tasks") as axis:
-        for d_model in GRID:
+        for d_model in sorted({point[0] for point in points}):
             line = [point[1:] for point in points if point[0] == d_model]
-            if not line:
-                continue
             axis.plot([x for _, x, _ in line], [y for *_, y in line], marker="o", markersize=4,
                       label=f"d_model {d_model}")
             for l0, x, y in line:
