@@ -267,8 +267,9 @@ def to_prune(width):
     found = []
     for l0 in (1.0, 0.6, 0.1, 0.0):
         for p, j, dim in ((torch.zeros(8, width), 2, 0), (normal, 4, 0), (normal, 2, 1),
-                          (normal[:, :16], 1, 1), (normal[:9], 0, None), ((2 * normal).round(), 0, None), (normal.relu(), 1, 0),
-                          (normal[0], 0, None), (torch.full((20, 18 * width), -0.5), 0, None)):
+                          (normal[:, :16], 1, 1), (normal[:9], 0, None),
+                          ((2 * normal).round(), 0, None), (normal.relu(), 1, 0), (normal[0], 0, None),
+                          (torch.full((20, 18 * width), -0.5), 0, None)):
             least = j * p.size(dim) if j else 0
             found.append((p.clone(memory_format=torch.contiguous_format),
                           max(least, min(int(l0 * p.numel()), p.numel() - 1)), j, dim))
@@ -295,7 +296,7 @@ def test_triton_prunes_as_defined(triton_device, width, sample, monkeypatch):
     assert_prunes_as_defined(to_prune(width), score, triton_device)
 
 
-@pytest.mark.parametrize("low, high", [(0.0, 1e-45), (0.5, 1.0), (1e30, 1e31), (150.0, 200.00002)])
+@pytest.mark.parametrize("low, high", [(0.0, 1e-45), (0.5, 2.0), (1e30, 1e31), (100.0, 150.00002)])
 def test_triton_survives_a_wrong_guess(triton_device, low, high, monkeypatch):
     """Whatever the sample says, k survive; also if exactly k reach the upper end of what it says."""
     ends = torch.tensor([low, high]).view(torch.int32)
@@ -306,8 +307,9 @@ def test_triton_survives_a_wrong_guess(triton_device, low, high, monkeypatch):
 
     monkeypatch.setattr("kernels_triton.bracket_kernel", Guess())
     monkeypatch.setattr("kernels_triton.SAMPLE", 64)
-    p = torch.cat([torch.arange(200.0, 301.0), torch.arange(200.0)])  # 100 are larger than the first
-    assert_prunes_as_defined([(p, 100, 0, None), *to_prune(25)[::5]], score, triton_device)
+    p = torch.cat([torch.arange(150.0, 201.0), torch.arange(150.0)])  # 50 are larger than the first
+    tensors = [(p, 50, 0, None), (torch.arange(240.0) % 4, 150, 0, None), *to_prune(25)[::5]]
+    assert_prunes_as_defined(tensors, score, triton_device)
 
 
 def test_triton_prunes_by_any_score(triton_device, monkeypatch):
