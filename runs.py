@@ -358,6 +358,7 @@ class Log:
             self.show(record)
         except OSError:  # the terminal is gone, or the reader of a pipe: nobody is told, and the run stops
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))  # which nohup has ignored
             os.kill(os.getpid(), signal.SIGHUP)
 
     def show(self, record):

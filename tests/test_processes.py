@@ -259,7 +259,7 @@ def test_killed_inside_a_checkpoint(here, whole, moment, name, step):
 def test_sighup(here, monkeypatch, ignored):
     """When the terminal hangs up the run finishes its step, writes a checkpoint and ends; under nohup, which
     has the signal ignored, it goes on."""
-    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN) if ignored else None  # as it is inherited
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)  # it is inherited
     try:
         process = launch("train.py tiny.py --eval_interval=100", fault="""
             update_ = train.update_
@@ -270,8 +270,7 @@ def test_sighup(here, monkeypatch, ignored):
             train.update_ = hung_up_update_
             """)
     finally:
-        if ignored:
-            signal.signal(signal.SIGHUP, handler)
+        signal.signal(signal.SIGHUP, handler)
     assert finish(process) == (0, "")
     assert checkpoint()["step"] == (12 if ignored else 6)
 
