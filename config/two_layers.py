@@ -1,4 +1,4 @@
-# Two layers, in half an hour on two CPU cores: a model that can do most of the tasks of circuit.py.
+# Two layers, in about half an hour on two CPU cores: a model that can do most of the tasks of circuit.py.
 #   python train.py config/two_layers.py && python circuit.py --out_dir=out/two_layers --task=string_end
 out_dir = "out/two_layers"
 dataset = "python_stdlib"
