@@ -59,6 +59,7 @@ def for_triton(x):
     return HAS_TRITON and x.is_cuda and (torch.compiler.is_compiling()
                                          or x.get_device() == torch.cuda.current_device())
 
+
 # ----------------------------------------------------------------------------------------------------------
 # the k largest on a CPU: numpy's partition finds the k-th far faster than torch.topk or a sort
 
@@ -106,8 +107,8 @@ def over_rows(f, x):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# AbsTopK: choosing and zeroing while a slice is in the cache. It is an operator of our own, into which
-# torch.compile does not look; so is its gradient on a CPU, where the code made for bool masks is slow
+# AbsTopK: on a CPU choosing and zeroing while a slice is in the cache. These are operators of our own, into
+# which torch.compile does not look: numpy is not for it, and the code that it makes of bool masks is slow
 
 
 def rows_of(x):
