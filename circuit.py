@@ -13,6 +13,7 @@ From the top: settings, tasks, the search, what is measured of a circuit, contro
 import json
 import os
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -233,6 +234,11 @@ def first_of(order, size):
     return gates
 
 
+def loss_of_first(nodes, contexts, order, size):
+    """The mean loss on `contexts` of the circuit that is the first `size` nodes of `order`."""
+    return loss_of(nodes.judge(contexts, first_of(order, size))).mean().item()
+
+
 def search(nodes, learning, choosing, target, name):
     """Learn masks for each penalty and seed, and prune each to the fewest nodes that reach the target.
 
@@ -246,10 +252,7 @@ def search(nodes, learning, choosing, target, name):
             [tau] = learn_masks(nodes, learning, [(penalty, mask_seed)])
             order = tau.argsort(descending=True, stable=True)
 
-            def loss_at(size, order=order):
-                return loss_of(nodes.judge(choosing, first_of(order, size))).mean().item()
-
-            size, seen = fewest(loss_at, nodes.number, target)
+            size, seen = fewest(partial(loss_of_first, nodes, choosing, order), nodes.number, target)
             best = size or min(seen, key=seen.get)
             runs.append({"penalty": penalty, "mask_seed": mask_seed, "nodes": size,
                          "lowest_loss": min(seen.values()), "gates": first_of(order, best)})

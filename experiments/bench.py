@@ -80,9 +80,9 @@ def topk_prune_(model, l0_fraction, min_weights_per_neuron=4, sparsify_biases=Tr
 # measuring
 
 
-def seconds(run, process, warmup=2):
-    """Median time of `repeats` calls of `run`, after a warm-up; on a GPU of ten calls that may overlap."""
-    times, at_a_time = [], 10 if process.device.type == "cuda" else 1
+def seconds(run, process, warmup=2, at_a_time=10):
+    """Median time of `repeats` calls of `run`, after a warm-up; on a GPU of some that overlap."""
+    times, at_a_time = [], at_a_time if process.device.type == "cuda" else 1
     for i in range(warmup + repeats):
         begun = time.perf_counter()
         for _ in range(at_a_time):
@@ -274,11 +274,11 @@ def bench_sampling(process):
         model.generate(prompt, n, temperature=0)
 
     with process.autocast():
-        again = seconds(recompute, process) / 10
+        again = seconds(recompute, process, at_a_time=1) / 10
         if process.device.type == "cpu":
             use_sparse_linears_(model)
-        ours = seconds(lambda: write(model), process) / n
-        dense = seconds(lambda: write(twin), process) / n
+        ours = seconds(lambda: write(model), process, at_a_time=1) / n
+        dense = seconds(lambda: write(twin), process, at_a_time=1) / n
     row(f"sampling, a token of a window of {n + 1}", ours, ("recompute", again),
         ("dense twin, cached", dense))
 
@@ -309,9 +309,10 @@ def bench_prepare(process):
     size = sum(len(text.encode()) for text in texts) / 1e6
     with tempfile.TemporaryDirectory() as folder:
         encoding = prepare.get_encoding()
-        ours = seconds(lambda: prepare.write_bins(folder, encoding, prepare.Counter()), process, warmup=1)
+        ours = seconds(lambda: prepare.write_bins(folder, encoding, prepare.Counter()), process, warmup=1,
+                       at_a_time=1)
     raw = seconds(lambda: encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count()), process,
-                  warmup=1)
+                  warmup=1, at_a_time=1)
     row("prepare, MB/s", size / ours, ("raw tiktoken", size / raw), unit="MB/s", scale=1)
 
 

@@ -135,10 +135,7 @@ def rows_of_trial(nodes, tau, choosing, judging):
     """What the importance tau of the nodes makes of each target loss."""
     order = tau.argsort(descending=True, stable=True)
 
-    @functools.cache
-    def loss_at(size):
-        return loss_of(nodes.judge(choosing, circuit.first_of(order, size))).mean().item()
-
+    loss_at = functools.cache(functools.partial(circuit.loss_of_first, nodes, choosing, order))
     for target in TARGETS:
         size, _ = circuit.fewest(loss_at, nodes.number, target)
         row = {"target_loss": target, "nodes": "", "edges": "", "val_loss": ""}
