@@ -1,9 +1,9 @@
 """Train the models behind the README's ablation table and scaling figure, one CSV row each.
 
     python prepare.py --vocab_size=512 --name=python_stdlib_512
-    python -m experiments.run                      # what experiments/runs.csv lacks, then table and figure
+    python -m experiments.run                      # what experiments/runs.csv lacks, then tables and figure
     python -m experiments.run --only=sink          # only ablations whose name contains this
-    python -m experiments.run --jobs=0             # run nothing: table and figure of what is recorded
+    python -m experiments.run --jobs=0             # run nothing: tables and figure of what is recorded
 
 A run is train.py with experiments/tiny.py and the flags of its row, on one core. All can be stopped, once
 the runs under way have ended, and started again: rows that are recorded are not run twice. To have your own
@@ -43,6 +43,7 @@ class Ablation:
     expected: str = ""  # "worse", "better", "neutral"; "" if the paper has no sentence about the loss
     paper: str = ""  # in a few words
     tuned: bool = False  # it shifts the learning rate's scale: tune that anew
+    longer: bool = False  # run it for four times the steps too, beside the base, each at its own best rate
 
 
 ABLATIONS = [
@@ -52,12 +53,12 @@ ABLATIONS = [
     Ablation("no learning rate decay", "--decay_lr=False", tuned=True),
     Ablation("gradients not normalized", "--grad_clip_rms=0", "worse", "essential"),
     Ablation("the same, eps at their scale", "--grad_clip_rms=0 --eps=2e-5", "worse", "essential",
-             tuned=True),
+             tuned=True, longer=True),
     Ablation("anneal until 20%", "--sparsity_anneal_end_fraction=0.2"),
     Ablation("anneal until 80%", "--sparsity_anneal_end_fraction=0.8",
              paper="the largest, sparsest models wanted it"),
     Ablation("no annealing", "--sparsity_anneal_start_fraction=0 --sparsity_anneal_end_fraction=0", "worse",
-             "annealing helps, with the sharkfin", tuned=True),
+             "annealing helps, with the sharkfin", tuned=True, longer=True),
     Ablation("no sharkfin", "--use_sharkfin_schedule=False", "worse", "annealing helps only with it",
              tuned=True),
     Ablation("no attention sink", "--use_attention_sinks=False", "neutral", "no substantial effect"),
@@ -68,7 +69,8 @@ ABLATIONS = [
     Ablation("j = 1", "--min_weights_per_neuron=1", "better", "j = 4 hurts the loss"),
     Ablation("no floor", "--min_weights_per_neuron=0", "better", "j = 4 hurts the loss"),
     Ablation("no bigram table", "--use_bigram_table=False", "worse", "it helps the loss"),
-    Ablation("positional embeddings", "--use_positional_embeddings=True", "neutral", "roughly neutral"),
+    Ablation("positional embeddings", "--use_positional_embeddings=True", "neutral", "roughly neutral",
+             longer=True),
     Ablation("no AbsTopK", "--activation_topk_fraction=1.0", paper="too much of it hurts", tuned=True),
     Ablation("beta1 0.8", "--beta1=0.8"),
     Ablation("beta1 0.95", "--beta1=0.95"),
@@ -81,6 +83,7 @@ ABLATIONS = [
     Ablation("eps 0.001", "--eps=0.001", tuned=True),
 ]
 NEUTRAL = 0.02  # nats: a smaller change is called none
+LONGER = "--max_iters=3200 --eval_interval=3200"  # four times the steps
 
 # ----------------------------------------------------------------------------------------------------------
 # what has been run
@@ -192,38 +195,81 @@ def run_ablations(runs):
     run_missing(runs, [(flags, rate, seed) for seed in SEEDS for flags, rate in chosen.items()])
 
 
+def run_longer(runs):
+    """The base and some ablations for four times the steps, the rates of all tuned anew."""
+    models = [longer("")] + [longer(a.flags) for a in ABLATIONS if a.longer and only in a.name]
+    tune(runs, models)
+    run_missing(runs, [(flags, runs.rates(flags)[0], seed) for seed in SEEDS for flags in models])
+
+
+def longer(flags):
+    return f"{flags} {LONGER}".strip()
+
+
 def losses(rows):
     """Val loss by seed."""
     return {int(row["seed"]): float(row["val_loss"]) for row in rows}
 
 
-def print_ablations(runs):
-    """The table as Markdown. Changes are paired by seed; the spread is their standard deviation.
+def changes(runs, flags, base):
+    """Val loss minus that of `base`, flags too, at the same seed."""
+    of_base = losses(runs.reported(base))
+    return [loss - of_base[seed] for seed, loss in losses(runs.reported(flags)).items() if seed in of_base]
 
-    The verdict describes these runs, it is no test: a change is one if it is larger than NEUTRAL and than
-    its spread.
+
+def verdict(ablation, values):
+    """Whether `values`, changes at some seeds, agree with the paper.
+
+    It describes these runs, it is no test: a change is one if it is larger than NEUTRAL and than its spread.
     """
-    rows = runs.reported("")
-    if not rows:
+    if not ablation.expected or len(values) < 2:
+        return ""
+    mean = np.mean(values)
+    found = ("neutral" if abs(mean) < max(NEUTRAL, np.std(values, ddof=1)) else
+             "worse" if mean > 0 else "better")
+    return "yes" if found == ablation.expected else f"no: {found}"
+
+
+def rate_of(rows):
+    return f"{float(rows[0]['learning_rate']):g}"
+
+
+def print_base(runs, flags):
+    rows = runs.reported(flags)
+    print(f"base: learning rate {rate_of(rows)}, val loss {describe([*losses(rows).values()])}, "
+          f"n = {len(rows)}\n")
+
+
+def print_ablations(runs):
+    """The table as Markdown. Changes are paired by seed; the spread is their standard deviation."""
+    if not runs.reported(""):
         fail("no run is recorded: leave out --jobs=0")
-    base = losses(rows)
-    print(f"base: learning rate {rows[0]['learning_rate']}, val loss {describe([*base.values()])}, "
-          f"n = {len(base)}")
-    print()
+    print_base(runs, "")
     print("| ablation | flag | learning rate | change in val loss | n | dead neurons | the paper | agree |")
     print("|---|---|---|---|---|---|---|---|")
     for a in ABLATIONS:
-        rows = runs.reported(a.flags)
-        changes = [loss - base[seed] for seed, loss in losses(rows).items() if seed in base]
-        if not changes:
-            continue
-        mean = np.mean(changes)
-        spread = np.std(changes, ddof=1) if len(changes) > 1 else 0.0
-        found = "neutral" if abs(mean) < max(NEUTRAL, spread) else "worse" if mean > 0 else "better"
-        agree = ("yes" if found == a.expected else f"no: {found}") if a.expected and len(changes) > 1 else ""
-        dead = np.mean([float(row["dead_neurons"] or "nan") for row in rows])
-        print(f"| {a.name} | `{a.flags}` | {float(rows[0]['learning_rate']):g} | {describe(changes, '+')} | "
-              f"{len(changes)} | {dead:.0f} | {a.paper} | {agree} |")
+        if change := changes(runs, a.flags, ""):
+            rows = runs.reported(a.flags)
+            dead = np.mean([float(row["dead_neurons"] or "nan") for row in rows])
+            print(f"| {a.name} | `{a.flags}` | {rate_of(rows)} | {describe(change, '+')} | {len(change)} | "
+                  f"{dead:.0f} | {a.paper} | {verdict(a, change)} |")
+
+
+def print_longer(runs):
+    """The same for those that were run for longer, beside what they were in 800 steps."""
+    if not runs.reported(longer("")):
+        return
+    print("\nin four times the steps, each row and the base at its own best learning rate")
+    print_base(runs, longer(""))
+    print("| ablation | change in 800 steps | n | change in 3,200 steps | n | learning rate | the paper | "
+          "agree, then and now |")
+    print("|---|---|---|---|---|---|---|---|")
+    for a in ABLATIONS:
+        if a.longer and (after := changes(runs, longer(a.flags), longer(""))):
+            before = changes(runs, a.flags, "")
+            print(f"| {a.name} | {describe(before, '+')} | {len(before)} | {describe(after, '+')} | "
+                  f"{len(after)} | {rate_of(runs.reported(longer(a.flags)))} | {a.paper} | "
+                  f"{verdict(a, before)}; {verdict(a, after)} |")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -235,7 +281,6 @@ DENSE_WIDTHS = (16, 32, 64, 96)
 DENSE = "--target_l0_fraction=1.0 --activation_topk_fraction=1.0"
 TUNED_AT = 80_000  # nonzero weights, for all levels of a width
 # does the order of the widths change in longer training?
-LONGER = "--max_iters=3200 --eval_interval=3200"
 LONGER_WIDTHS, LONGER_LEVELS, LONGER_DENSE_WIDTHS = (64, 128), (40_000, 80_000, 160_000), (32, 64)
 
 
@@ -303,7 +348,9 @@ def main():
     runs = Runs()
     if jobs:
         run_ablations(runs)
+        run_longer(runs)
     print_ablations(runs)
+    print_longer(runs)
     if jobs and not only:
         run_scaling(runs)
     if any("d_model" in flags for flags, *_ in runs.rows):

@@ -113,6 +113,28 @@ def test_the_verdict_looks_at_the_spread(recorded, monkeypatch, capsys):
     assert noisy.endswith("| no: neutral |") and worse.endswith("| yes |") and once.endswith("|  |")
 
 
+def test_some_ablations_are_run_for_longer(recorded, monkeypatch, capsys):
+    """The base and those that say so, at rates of their own; then both lengths stand side by side."""
+    monkeypatch.setattr(experiments, "ABLATIONS", [
+        experiments.Ablation("beta", "--beta1=0.8", "neutral"),
+        experiments.Ablation("eps 9", "--eps=9.0", "worse", longer=True)])
+    runs = experiments.Runs()
+    experiments.run_ablations(runs)
+    experiments.print_longer(runs)
+    assert not capsys.readouterr().out.count("3,200")
+    before = len(recorded)
+    experiments.run_longer(runs)
+    assert {flags for flags, *_ in recorded[before:]} == {
+        experiments.LONGER, f"--eps=9.0 {experiments.LONGER}"}
+    assert {rate for flags, rate, seed in recorded[before:] if seed > 1 and "eps" in flags} == {0.0045}
+    runs.rows[f"--eps=9.0 {experiments.LONGER}", 0.0045, 2]["val_loss"] = "0.0"
+    capsys.readouterr()
+    experiments.print_longer(runs)
+    last = capsys.readouterr().out.strip().split("\n")[-1]
+    assert last.startswith("| eps 9 | +2.175 ± 0.000 | 3 |") and "| 3 | 0.0045 |" in last
+    assert last.endswith("| yes; no: neutral |")
+
+
 def test_the_scaling_runs_fit_and_are_drawn(recorded, tmp_path):
     """All models of the figure can be built at their L0, and all seeds are run at their width's rate."""
     runs = experiments.Runs()
