@@ -216,15 +216,22 @@ def bench_prune(process):
 
 
 def bench_attention(process):
+    """Each called by itself, which on a GPU measures launches; then as in training, where it is compiled."""
+    def time_of(f, inputs, dy):
+        return seconds(lambda: f(*inputs, 0.0).backward(dy), process)
+
     for T in (256, 1024):
         q, k, v = torch.randn(3, 8192 // T, 32, T, 16, device=process.device, dtype=process.dtype).unbind()
         inputs = [t.requires_grad_() for t in (q, k, v, torch.zeros(32, device=process.device))]
         dy = torch.randn_like(q)
-        ours, plain, masked, definition = (
-            seconds(lambda f=f, inputs=inputs, dy=dy: f(*inputs, 0.0).backward(dy), process)
-            for f in (sink_attention, causal_attention, masked_sink_attention, unwrap(sink_attention)))
+        ours, plain, masked, definition = (time_of(f, inputs, dy) for f in (
+            sink_attention, causal_attention, masked_sink_attention, unwrap(sink_attention)))
         row(f"sink attention, d_head 16, T {T}", ours, ("plain causal", plain), ("dense mask", masked),
             ("definition", definition))
+        if compile:
+            ours, plain = (time_of(torch.compile(f, dynamic=False), inputs, dy)
+                           for f in (sink_attention, causal_attention))
+            row(f"the same, compiled, T {T}", ours, ("plain causal", plain))
 
 
 def bench_statistics(process):
