@@ -60,6 +60,13 @@ GRID = {64: ("1",), 128: ("1", "1/4", "1/16", "1/32"), 256: ("1", "1/4", "1/16",
 TRAINING = "--batch_size=32 --gradient_accumulation_steps=1 --eval_iters=30 --dtype=float32 --compile=False"
 TASKS = ("quotes", "quotes_comma", "single_double_quote", "string_end", "fstring_brace")
 MORE_TASKS = ("for_if", "braces", "brackets_comma")  # which take their turn after all else
+# models that differ from the sparse one in one choice, whose circuits of one task are compared
+CHOICES = {
+    "positional embeddings": "--use_positional_embeddings=True",
+    "no AbsTopK": "--activation_topk_fraction=1 --learning_rate=9e-3",
+    "twice the steps": "--max_iters=4400",
+}
+CHOICES_TASKS = ("quotes",)
 TARGETS = (0.05, 0.1, 0.15, 0.3, 0.5)
 PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 TRIALS = [(penalty, mask_seed) for penalty in PENALTIES for mask_seed in range(3)]
@@ -81,6 +88,7 @@ def all_jobs():
     return ([(flags, seed, TASKS) for seed in SEEDS for flags in compared]
             + [(flags, SEEDS[0], TASKS) for flags in grid]
             + [(last, seed, TASKS) for seed in SEEDS]
+            + [(flags, seed, CHOICES_TASKS) for seed in SEEDS for flags in CHOICES.values()]
             + [(flags, seed, MORE_TASKS) for seed in SEEDS for flags in MODELS.values()]
             + [(flags, seed, TASKS) for seed in SEEDS[1:] for flags in grid])
 
@@ -214,13 +222,13 @@ class Found:
                 key = *at, float(row["target_loss"])
                 self.best[key] = min(self.best.get(key, row), row, key=lambda row: int(row["edges"]))
 
-    def seeds(self, flags):
-        """The seeds of a model that were searched for all of TASKS."""
-        return [s for s in SEEDS if all((flags, s, task) in self.searched for task in TASKS)]
+    def seeds(self, flags, tasks=None):
+        """The seeds of a model that were searched for all of `tasks`, or of TASKS."""
+        return [s for s in SEEDS if all((flags, s, task) in self.searched for task in tasks or TASKS)]
 
-    def pretraining(self, flags):
-        """The val loss of each seed."""
-        return [float(self.models[flags, seed]["pretraining_loss"]) for seed in self.seeds(flags)]
+    def pretraining(self, flags, tasks=None):
+        """The val loss of each of these seeds."""
+        return [float(self.models[flags, seed]["pretraining_loss"]) for seed in self.seeds(flags, tasks)]
 
     def common(self, models, target):
         """The tasks in which all `models`, at every seed, reach the target."""
@@ -236,8 +244,8 @@ class Found:
             row = self.best.get((flags, seed, task, target))
             return max(int(row["edges"]), 1) if row else np.nan
 
-        return {seed: geometric_mean([edges_in(seed, task) for task in tasks]) for seed in self.seeds(flags)
-                if all((flags, seed, task) in self.searched for task in tasks)}
+        return {seed: geometric_mean([edges_in(seed, task) for task in tasks])
+                for seed in self.seeds(flags, tasks)}
 
 
 def geometric_mean(values):
@@ -285,6 +293,17 @@ def print_tables(found, compared):
         (task, target, *compare(found, compared, [task], target)) for task in TASKS + MORE_TASKS
         if any((flags, seed, task) in found.searched for flags in compared.values() for seed in SEEDS)
         for target in TARGETS))
+
+
+def print_choices(found):
+    """The smallest circuits of the sparse model, and of those that differ from it in one choice."""
+    rows = []
+    for label, flags in ({"as configured": ""} | CHOICES).items():
+        if losses := found.pretraining(flags, CHOICES_TASKS):
+            rows.append((label, f"`{flags}`", len(losses), f"{np.mean(losses):.3f}",
+                         *(describe([*found.edges(flags, CHOICES_TASKS, t).values()]) for t in TARGETS)))
+    table(("model", "flags", "seeds", "val loss", *(
+        f"edges of {', '.join(CHOICES_TASKS)} at {t:g}" for t in TARGETS)), *rows)
 
 
 def print_grid(found):
@@ -354,6 +373,7 @@ def report():
         fail(f"{record} has no sparse model that was searched for all tasks: leave out --jobs=0")
     print_tables(found, compared)
     draw_targets(found, compared)
+    print_choices(found)
     n, points = print_grid(found)
     if points:
         draw_widths(n, points)

@@ -268,6 +268,17 @@ def test_a_task_that_one_model_cannot_do_is_not_common(searched):
     assert found.edges("", ["three"], 5.0) == {1: pytest.approx(7)}
 
 
+def test_choices_stand_beside_the_sparse_model(searched, monkeypatch, capsys):
+    """In the tasks that they are searched for; one that is not searched has no row."""
+    monkeypatch.setattr(circuits, "CHOICES", {"longer": "--max_iters=9", "another": "--seed=9"})
+    monkeypatch.setattr(circuits, "CHOICES_TASKS", ("one",))
+    circuits.add(rows_of("--max_iters=9", 1, "one", 30))
+    circuits.print_choices(circuits.Found(circuits.read_record()))
+    base, longer = capsys.readouterr().out.strip().split("\n")[2:]
+    assert base == "| as configured | `` | 3 | 3.800 | none, 0 of 3 | 10 (10 to 10) |"
+    assert longer == "| longer | `--max_iters=9` | 1 | 3.800 | none, 0 of 1 | 30 |"
+
+
 def test_widths_are_drawn(searched, monkeypatch):
     """The models that do the tasks that are asked for, or else those that all can do, have a point."""
     monkeypatch.setattr(circuits, "widths_target", 5.0)
