@@ -26,7 +26,7 @@ from prepare import load_tokenizer
 from runs import load_run, this_process, windows
 
 out_dir = "out"  # of the training run
-checkpoint = "ckpt.pt"  # in out_dir: 'ckpt.pt' is the latest, 'best.pt' the one of the best val loss
+checkpoint = "ckpt.pt"  # in out_dir: 'ckpt.pt' is the latest, 'best.pt' the sparsest of least val loss
 task = "quotes"  # of tasks/NAME.json; or the path of such a file
 target_loss = 0.0  # of a circuit, in nats, chance being 0.693; 0: the task's own, or else the paper's 0.15
 ablation = "mean"  # what a node outside the circuit is: its 'mean' over train, or 'zero'

@@ -155,7 +155,7 @@ def site(config, location, dim):
 
 
 class KVCache:
-    """Keys and values of the positions an attention layer has seen: allocated once, filled as they come."""
+    """Keys and values of the positions an attention layer has seen: allocated at the first, then filled."""
 
     def __init__(self, block_size):
         self.block_size, self.length = block_size, 0
@@ -253,9 +253,9 @@ def draw(logits, temperature, top_k):
     return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
 
 
-# A parameter is pruned if its module is in PRUNED, which says along which dimension of a weight its neurons
-# are: MLP neurons and the channels of q, k, v and of what attention puts out. They are the rows of a matrix
-# that computes them, the columns of one that reads them; each keeps a minimum of weights (section 2.1).
+# A parameter is pruned if its module is in PRUNED. The number is the dimension of a weight along which its
+# neurons lie: the rows of c_attn and c_fc, which compute the channels of q, k and v and the MLP neurons; the
+# columns of c_proj, by which heads and MLP neurons write. Each keeps a minimum of weights (section 2.1).
 PRUNED = {"wte": None, "wpe": None, "lm_head": None, "c_attn": 0, "c_fc": 0, "c_proj": 1}
 DENSE = {"ln_1", "ln_2", "ln_f", "sink_logit", "bigram_table"}  # names of modules and of parameters
 
@@ -307,9 +307,7 @@ class GPT(nn.Module):
         logits = self.unembed(x, idx)
         if targets is None:
             return logits, None
-        with torch.autocast(idx.device.type, enabled=False):
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return logits, loss
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def residual_stream(self, idx, caches=None):
         """The residual stream after the last block (B, T, d_model).

@@ -59,15 +59,15 @@ def this_process(device="auto", dtype="auto"):
     """Choose device and precision; under torchrun, join the other processes."""
     launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()  # all by torchrun
     rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if launched else (0, 1)
-    local_rank, here = os.environ.get("LOCAL_RANK", "0"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_rank, on_node = os.environ.get("LOCAL_RANK", "0"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         fail(f"device={device!r} does not exist: choose auto, cpu, cuda or cuda:N")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda:") and here > 1:
+    if device.startswith("cuda:") and on_node > 1:
         fail("under torchrun write --device=cuda: each rank takes the GPU of its number")
-    if device.startswith("cuda") and torch.cuda.device_count() < here:
-        fail(f"{here} process(es), {torch.cuda.device_count()} GPU(s): try --device=cpu or fewer processes")
+    if device.startswith("cuda") and torch.cuda.device_count() < on_node:
+        fail(f"{on_node} process(es), {torch.cuda.device_count()} GPU(s): try --device=cpu, or fewer of them")
     device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
     if device.type == "cuda":
         if device.index >= torch.cuda.device_count():
@@ -171,6 +171,17 @@ def load_data(folder, block_size):
         if os.environ.get("LOCAL_RANK", "0") == "0" and (largest := tokens[split].max()) >= vocab_size:
             fail(f"{path} holds the token id {largest}, beyond the vocabulary of {vocab_size}: {remedy}")
     return Data(tokens["train"], tokens["val"], meta, tokenizer)
+
+
+def check_tokenizer(model, path, meta):
+    """End the script unless data with this `meta` has the model's tokenizer, which is at `path`."""
+    if model.tokenizer_sha256:
+        needed, same = path, model.tokenizer_sha256 == meta["tokenizer_sha256"]
+    else:  # a released model, which came without it
+        needed, same = model.tokenizer_name, model.tokenizer_name == meta["tokenizer"]
+    if not same:
+        fail(f"the dataset was made with --tokenizer={meta['tokenizer']}, but the model needs {needed}: "
+             "prepare the data with it")
 
 
 def windows(tokens, starts, block_size, process):
@@ -316,15 +327,17 @@ def load_start(init_from):
 class Log:
     """Where the records of a run go: the terminal, out_dir/log.jsonl and, if asked, wandb."""
 
-    def __init__(self, out_dir, start, wandb_id=None):
-        """Records from step `start` on will be made again: drop those that an interrupted run left."""
+    def __init__(self, out_dir, start, evaluates, wandb_id=None):
+        """Records from step `start` on will be made again: drop those that an interrupted run left. That of
+        an evaluation at `start` is kept unless the run `evaluates` there again."""
         self.path, self.wandb, self.wandb_id = os.path.join(out_dir, "log.jsonl"), None, wandb_id
         try:
             kept = []
             if start and os.path.exists(self.path):
                 with open(self.path, encoding="utf-8") as f:
                     records = [json.loads(line) for line in f if line.endswith("}\n")]  # one may be torn
-                kept = [json.dumps(record) + "\n" for record in records if record["step"] < start]
+                kept = [json.dumps(record) + "\n" for record in records if record["step"] < start or (
+                    record["step"] == start and "val/loss" in record and not evaluates)]
             with open(self.path + ".tmp", "w", encoding="utf-8") as f:
                 f.writelines(kept)
             os.replace(self.path + ".tmp", self.path)
@@ -346,7 +359,8 @@ class Log:
         self.wandb_id = self.wandb.id
 
     def write(self, record):
-        """Write one record, a dict of numbers with their step."""
+        """Write one record, a dict of numbers with their step; JSON knows no infinity, so that is None."""
+        record = {key: value if math.isfinite(value) else None for key, value in record.items()}
         try:
             with open(self.path, "a", encoding="utf-8") as f:
                 f.write(json.dumps(record) + "\n")

@@ -16,7 +16,7 @@ from prepare import PLUG_IN, load_tokenizer, one_line
 from runs import load_checkpoint, load_start, model_of, this_process
 
 out_dir = "out"  # of the training run
-checkpoint = "ckpt.pt"  # in out_dir: 'ckpt.pt' is the latest, 'best.pt' the one of the best val loss
+checkpoint = "ckpt.pt"  # in out_dir: 'ckpt.pt' is the latest, 'best.pt' the sparsest of least val loss
 init_from = "resume"  # out_dir's checkpoint; or another's path, or the folder of a released model
 start = "<|endoftext|>"  # the prompt, or FILE:path of a text with it; the default begins a new document
 num_samples = 3

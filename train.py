@@ -35,6 +35,7 @@ from runs import (
     Log,
     StopSignal,
     check_ranks_agree,
+    check_tokenizer,
     claim_out_dir,
     compile_blocks,
     keep_finished,
@@ -74,7 +75,7 @@ activation_sparsity_locations = "attn_in,attn_q,attn_k,attn_v,attn_out,mlp_in,ml
 # weight sparsity
 target_l0_fraction = 1 / 64  # of the entries of every matrix stay nonzero; 1.0 trains dense
 sparsity_anneal_start_fraction = 0.01  # of training; until here the model is dense
-sparsity_anneal_end_fraction = 0.5  # of training; from here on it is the target
+sparsity_anneal_end_fraction = 0.5  # of training; less than 1; from here on it is the target
 min_weights_per_neuron = 4  # the paper's j; 0 switches it off
 sparsify_biases = True
 # optimizer
@@ -113,6 +114,7 @@ compile = True  # torch.compile, where there is a compiler for it
 
 # all of GPTConfig's but vocab_size, which the data decides, and n_head
 MODEL_SETTINGS = [f.name for f in fields(GPTConfig) if f.name in globals()]
+CHANGEABLE = {"dropout", "activation_topk_fraction", "activation_sparsity_locations"}  # in a copy of a model
 
 # ----------------------------------------------------------------------------------------------------------
 # the method: two schedules and the step
@@ -161,9 +163,9 @@ def normalize_gradients_(parameters, target_rms):
 def update_(model, optimizer, scaler, step):
     """Update `step` from the gradients at hand: normalize, Adam, prune, decay. Returns their RMS before.
 
-    Gradients and Adam's moments are never pruned, the weights themselves are: one that is zero is updated
-    like any other, but from zero at each step, and stays if that outgrows the smallest survivor. The scaler
-    is idle unless the precision is float16.
+    Gradients and Adam's moments are never pruned, the weights themselves are. A zero is moved like any other
+    weight, but from zero at every step: it comes back when one update outgrows the smallest survivor. The
+    scaler is idle unless the precision is float16.
     """
     lr = lr_at(step)
     for group in optimizer.param_groups:
@@ -174,7 +176,7 @@ def update_(model, optimizer, scaler, step):
     scaler.update()
     model.prune_(l0_at(step), min_weights_per_neuron, sparsify_biases)
     torch._foreach_mul_(model.decayed_parameters(), 1 - weight_decay * lr)
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad()
     return rms
 
 
@@ -224,16 +226,21 @@ def tokens_in_step():
 
 
 def due(step, every_n_steps):
-    """Whether what is logged every n steps (0: never) is logged at this one; the last step always is."""
+    """Whether what is logged every n steps is logged at this one. The last always is, but for 0: never."""
     return every_n_steps > 0 and (step % every_n_steps == 0 or step == max_iters - 1)
 
 
+def evaluates(step):
+    """Whether the model is evaluated and saved after `step` updates."""
+    return step % eval_interval == 0 or step == max_iters
+
+
 def record_of_update(model, step, loss, rms, seconds):
-    """What is logged of update `step`, which took `seconds`: a dict of numbers, each at its frequency."""
+    """What is logged of update `step`, `seconds` being the time of one: a dict of numbers."""
     record = {}
     if due(step, log_every_n_steps):
         record |= {"loss": loss, "lr": lr_at(step), "l0": l0_at(step),
-                   "grad_rms": rms if math.isfinite(rms) else None,  # overflow: JSON knows no infinity
+                   "grad_rms": rms,
                    "tokens": (step + 1) * tokens_in_step(), "tokens_per_second": tokens_in_step() / seconds,
                    "seconds_left": seconds * (max_iters - 1 - step), **activation_statistics(model)}
     if due(step, log_weights_every_n_steps):
@@ -274,11 +281,12 @@ def announce(model, process):
           f"{process.world_size} x {process.device.type}, {process.dtype}", flush=True)
 
 
-def read(unread, at_once, process, scaler):
-    """Mean loss and RMS of the last update read, and whether to stop; ends the run if they are no numbers.
+def read_back(unread, at_once, process, scaler):
+    """Loss and RMS of the newest update that is read back, and whether to stop; zeros if there is none yet.
 
-    Reading waits for the device. So the newest is left unread while the next step begins, unless it is
-    needed `at_once`: to be logged, or because the model may be saved next.
+    To read makes the CPU wait for the device, so the last update stays unread while the next one begins,
+    unless it is needed `at_once`: to be logged, or as the model may be saved next. Ends the run if a number
+    is not finite.
     """
     loss = rms = stopping = 0.0
     while len(unread) > (0 if at_once or stopping else 1):
@@ -294,7 +302,7 @@ def read(unread, at_once, process, scaler):
 def train(process, data, model, optimizer, scaler, step, best, wandb_id):
     """Make the updates from `step` on, with all that goes on around them. best: (L0, val loss) so far."""
     master = process.rank == 0
-    log = Log(out_dir, step, wandb_id) if master else None
+    log = Log(out_dir, step, evaluates(step), wandb_id) if master else None
     if master and wandb_log:
         log.start_wandb(wandb_project, wandb_run_name, settings_of(globals()))
     stop_signal = StopSignal()
@@ -309,7 +317,7 @@ def train(process, data, model, optimizer, scaler, step, best, wandb_id):
         announce(model, process)
 
     while True:
-        if step % eval_interval == 0 or step == max_iters:
+        if evaluates(step):
             best = evaluate_and_save(model, optimizer, scaler, data, process, step, best, log)
         if step == max_iters:
             break
@@ -322,8 +330,8 @@ def train(process, data, model, optimizer, scaler, step, best, wandb_id):
         # All ranks come here: what needs them all is summed in this one message. With the stop signal as a
         # number in it, they stop after the same step.
         unread.append((step, process.sum(loss, rms, float(stop_signal.received is not None))))
-        at_once = due(step, log_every_n_steps) or (step + 1) % eval_interval == 0 or step + 1 == max_iters
-        loss, rms, stopping = read(unread, at_once, process, scaler)
+        at_once = due(step, log_every_n_steps) or evaluates(step + 1)
+        loss, rms, stopping = read_back(unread, at_once, process, scaler)
         seconds, updates = seconds + time.perf_counter() - begun, updates + 1
 
         if master:
@@ -370,15 +378,18 @@ def check_settings(world_size):
     ))
 
 
-def build_model(model, vocab_size, given):
-    """A new model, or `model`, if the settings that were `given` do not contradict it."""
-    fixed = {"vocab_size": vocab_size} | ({"n_head": model.config.n_head} if model else {})
+def build_model(start, vocab_size, given):
+    """A new model, with the weights of `start` if there is one; or `start` itself, if its run goes on. Ends
+    the script if settings that were `given` contradict it: what has no parameters a new run may change."""
+    fixed = {"vocab_size": vocab_size}
+    if start:
+        fixed = {"vocab_size": start.config.vocab_size, "n_head": start.config.n_head}
     try:
         asked = GPTConfig(**{name: globals()[name] for name in MODEL_SETTINGS}, **fixed)
     except ValueError as e:
         fail(e)
-    model = model or GPT(asked)
-    for name in sorted(given & set(MODEL_SETTINGS)):
+    model = start or GPT(asked)
+    for name in sorted(given & set(MODEL_SETTINGS) - (set() if init_from == "resume" else CHANGEABLE)):
         has = getattr(model.config, name)
         if getattr(asked, name) != has:
             fail(f"{name}={globals()[name]!r} contradicts the model to go on with, which has {has!r}: leave "
@@ -392,18 +403,10 @@ def build_model(model, vocab_size, given):
     if target_l0_fraction < smallest:
         fail(f"target_l0_fraction={target_l0_fraction:.6g} is too small for min_weights_per_neuron="
              f"{min_weights_per_neuron}: the smallest that fits is {math.ceil(smallest * 1e6) / 1e6}")
+    if start and init_from != "resume":
+        model = GPT(asked)
+        model.load_state_dict(start.state_dict())
     return model
-
-
-def check_tokenizer(model, path, data):
-    """End the script if the data has another tokenizer than the model to go on with, whose is at `path`."""
-    if model.tokenizer_sha256:
-        needed, same = path, model.tokenizer_sha256 == data.meta["tokenizer_sha256"]
-    else:  # a released model, which came without it
-        needed, same = model.tokenizer_name, model.tokenizer_name == data.meta["tokenizer"]
-    if not same:
-        fail(f"data/{dataset} was made with --tokenizer={data.meta['tokenizer']}, but the model needs "
-             f"{needed}: prepare the data with it")
 
 
 def rates_after(step):
@@ -424,24 +427,24 @@ def main():
     elif init_from != "scratch":
         model, tokenizer_path = load_start(init_from)
         adopted = {name: getattr(model.config, name) for name in MODEL_SETTINGS}
+    # the last wins: the defaults, then what the checkpoint or the model has, then what is given now
     changed = {k: globals()[k] for k in sorted(given & adopted.keys()) if globals()[k] != adopted[k]}
-    globals().update(adopted)  # the checkpoint's or the model's settings, then those given now
-    before = rates_after(checkpoint["step"]) if checkpoint else ""
+    globals().update(adopted)
+    before = rates_after(checkpoint["step"]) if checkpoint else ""  # by the checkpoint's schedules
     globals().update(changed)
     process = this_process(device, dtype)
     check_settings(process.world_size)
     data = load_data(os.path.join("data", dataset), block_size)
     torch.manual_seed(seed)  # for the weights
     if model:
-        check_tokenizer(model, tokenizer_path, data)
+        check_tokenizer(model, tokenizer_path, data.meta)
     model = build_model(model, data.meta["vocab_size"], given).to(process.device)
     optimizer = build_optimizer(model)
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
     step, best = 0, (1.0, math.inf)
     if checkpoint:
         # Adam's moments come back; its betas and eps are those of the settings, which may have changed
-        moments = {"state": checkpoint["optimizer"]["state"]}
-        optimizer.load_state_dict(optimizer.state_dict() | moments)
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
         if scaler.is_enabled() and checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
         step, best = checkpoint["step"], (checkpoint["best_l0"], checkpoint["best_val_loss"])
@@ -454,6 +457,7 @@ def main():
             print("changed since the checkpoint:", ", ".join(f"{k}={v!r}" for k, v in changed.items()),
                   f"({before} -> {rates_after(step)}){keep_finished(out_dir, checkpoint, max_iters)}")
         wandb_id = checkpoint.get("wandb_id") if checkpoint else None
+        checkpoint = None  # it takes three times the memory of the model
         train(process, data, model, optimizer, scaler, step, best, wandb_id)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -125,6 +125,22 @@ def test_a_finished_run_that_goes_on_keeps_its_model(here, capsys):
     assert os.path.exists("out/previous-1/finished-12.pt") and not os.path.exists("out/finished-12.pt")
 
 
+def test_the_last_evaluation_of_a_finished_run_stays_logged(here):
+    """Also where the run that goes on does not evaluate, as the interval does not divide its length."""
+    assert run("train.py tiny.py --max_iters=6") == 0
+    before = [record for record in log() if "val/loss" in record]
+    assert run("train.py --init_from=resume --max_iters=12") == 0
+    after = [record for record in log() if "val/loss" in record]
+    assert [record["step"] for record in after] == [0, 4, 6, 8, 12] and after[:3] == before
+
+
+def test_the_log_is_json_whatever_is_measured(tmp_path):
+    """Gradients of float16 may overflow; JSON has no word for that but null."""
+    runs.Log(str(tmp_path), 0, True).write({"step": 3, "gradients/norm_max": math.inf, "a": math.nan, "b": 1})
+    with open(tmp_path / "log.jsonl") as f:
+        assert f.read() == '{"step": 3, "gradients/norm_max": null, "a": null, "b": 1}\n'
+
+
 def test_a_checkpoint_sets_settings_only(trained, monkeypatch):
     """What a checkpoint names beside this script's settings replaces no function of it and is not added."""
     saved, found = checkpoint(), []
@@ -147,6 +163,12 @@ def test_a_new_run_begins_with_the_weights_of_another(here, source):
     assert log("out/sparse")[-1]["step"] == 12 and tree("out/base") == before
     assert run(f"sample.py --init_from={source} --device=cpu --num_samples=1 --max_new_tokens=3") == 0
     assert run(f"{command} --dataset=other") == run(f"{command} --n_layer=2") == 2
+    assert run(f"{command} --activation_topk_fraction=0") == 2
+    assert run(f"{command} --activation_topk_fraction=0.5 --dropout=0.1 --learning_rate=0 --max_iters=1 "
+               "--target_l0_fraction=1") == 0  # of what has no parameters the model may have another
+    config = runs.model_of(checkpoint(out_dir="out/sparse")).config
+    assert weights("out/sparse") == weights("out/base") and not before.keys() - tree("out/base").keys()
+    assert (config.activation_topk_fraction, config.dropout, config.n_layer) == (0.5, 0.1, 1)
 
 
 def test_a_new_run_moves_an_old_one_aside(here):
