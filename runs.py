@@ -67,7 +67,7 @@ def this_process(device="auto", dtype="auto"):
     if device.startswith("cuda:") and on_node > 1:
         fail("under torchrun write --device=cuda: each rank takes the GPU of its number")
     if device.startswith("cuda") and torch.cuda.device_count() < on_node:
-        fail(f"{on_node} process(es), {torch.cuda.device_count()} GPU(s): try --device=cpu, or fewer of them")
+        fail(f"{on_node} process(es), {torch.cuda.device_count()} GPU(s): try --device=cpu, or fewer")
     device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
     if device.type == "cuda":
         if device.index >= torch.cuda.device_count():

@@ -136,7 +136,8 @@ def test_the_last_evaluation_of_a_finished_run_stays_logged(here):
 
 def test_the_log_is_json_whatever_is_measured(tmp_path):
     """Gradients of float16 may overflow; JSON has no word for that but null."""
-    runs.Log(str(tmp_path), 0, True).write({"step": 3, "gradients/norm_max": math.inf, "a": math.nan, "b": 1})
+    log = runs.Log(str(tmp_path), 0, evaluates=True)
+    log.write({"step": 3, "gradients/norm_max": math.inf, "a": math.nan, "b": 1})
     with open(tmp_path / "log.jsonl") as f:
         assert f.read() == '{"step": 3, "gradients/norm_max": null, "a": null, "b": 1}\n'
 
