@@ -11,6 +11,7 @@ time and started again: a training goes on from its checkpoint, rows that are re
 import csv
 import fcntl
 import functools
+import itertools
 import multiprocessing
 import os
 import subprocess
@@ -80,12 +81,17 @@ def grid_flags(d_model, l0):
     return " ".join(flags)
 
 
+# of the grid, the other two that end at about the sparse model's loss
+SAME_LOSS = {"dense, d_model 64, same loss": grid_flags(64, "1"),
+             "d_model 128, L0 1/4, same loss": grid_flags(128, "1/4")}
+
+
 def all_jobs():
     """(flags, seed, tasks), what matters most first."""
     *compared, last = MODELS.values()
     grid = [grid_flags(d_model, l0) for d_model, levels in GRID.items() for l0 in levels]
-    grid = [flags for flags in grid if flags not in MODELS.values()]
-    return ([(flags, seed, TASKS) for seed in SEEDS for flags in compared]
+    grid = [flags for flags in grid if flags not in (*MODELS.values(), *SAME_LOSS.values())]
+    return ([(flags, seed, TASKS) for seed in SEEDS for flags in (*compared, *SAME_LOSS.values())]
             + [(flags, SEEDS[0], TASKS) for flags in grid]
             + [(last, seed, TASKS) for seed in SEEDS]
             + [(flags, seed, CHOICES_TASKS) for seed in SEEDS for flags in CHOICES.values()]
@@ -295,6 +301,51 @@ def print_tables(found, compared):
         for target in TARGETS))
 
 
+def print_otherwise(found, compared):
+    """The ratios at `widths_target` over cells, a task at a seed in which both models have a circuit.
+
+    Also of nodes; of the cells in which both models without ablation reach the target; and of those in which
+    both circuits are within a quarter of it on val.
+    """
+    def logs(flags, of="edges", where=lambda row: True):
+        """Logarithms of the ratios of `of`, by cell."""
+        cells = {(seed, task): (row, found.best["", seed, task, target])
+                 for (f, seed, task, target), row in found.best.items()
+                 if f == flags and target == widths_target and ("", seed, task, target) in found.best}
+        return {cell: np.log(max(int(row[of]), 1) / max(int(sparse[of]), 1))
+                for cell, (row, sparse) in cells.items() if where(row) and where(sparse)}
+
+    def words(values):
+        return f"{np.exp(np.mean([*values.values()])):.3g} ({len(values)})" if values else ""
+
+    ways = {
+        "edges (cells)": {},
+        "nodes": {"of": "nodes"},
+        "edges, where both whole models reach it": {
+            "where": lambda row: float(row["whole_train_loss"]) <= widths_target},
+        "edges, where both circuits are near it on val": {
+            "where": lambda row: float(row["val_loss"]) <= 1.25 * widths_target},
+    }
+    models = {label: flags for label, flags in (compared | SAME_LOSS).items()
+              if flags and found.seeds(flags)}
+    table((f"times the sparse model's at {widths_target:g}", *models),
+          *((way, *(words(logs(flags, **how)) for flags in models.values())) for way, how in ways.items()),
+          ("edges, 95% interval", *(interval(logs(flags)) for flags in models.values())))
+
+
+def interval(logs, draws=2000):
+    """Where 95% of the geometric means are if seeds and tasks are drawn anew, of logs by (seed, task)."""
+    if not logs:
+        return ""
+    rng, means = np.random.default_rng(0), []
+    seeds, tasks = (sorted(set(names)) for names in zip(*logs, strict=True))
+    while len(means) < draws:
+        drawn = itertools.product(rng.choice(seeds, len(seeds)), rng.choice(tasks, len(tasks)))
+        if some := [logs[cell] for cell in drawn if cell in logs]:
+            means.append(np.mean(some))
+    return "{:.2g} to {:.2g}".format(*np.exp(np.percentile(means, [2.5, 97.5])))
+
+
 def print_choices(found):
     """The smallest circuits of the sparse model, and of those that differ from it in one choice."""
     rows = []
@@ -373,6 +424,7 @@ def report():
         fail(f"{record} has no sparse model that was searched for all tasks: leave out --jobs=0")
     print_tables(found, compared)
     draw_targets(found, compared)
+    print_otherwise(found, compared)
     print_choices(found)
     n, points = print_grid(found)
     if points:

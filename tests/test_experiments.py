@@ -223,7 +223,7 @@ def small_search(tmp_path, monkeypatch):
 def rows_of(flags, seed, task, edges):
     """The rows of a search: `edges` at target 5.0, twice as many with the other penalty; none at 0.15."""
     return [{"flags": flags, "seed": seed, "task": task, "penalty": penalty, "mask_seed": 0,
-             "target_loss": target, "val_loss": "", **OF_A_ROW, "nodes": n, "edges": n}
+             "target_loss": target, "val_loss": n and 0.2, **OF_A_ROW, "nodes": n, "edges": n}
             for penalty, more in ((1e-3, 1), (1e-2, 2)) for target, n in ((0.15, ""), (5.0, more * edges))]
 
 
@@ -266,6 +266,17 @@ def test_a_task_that_one_model_cannot_do_is_not_common(searched):
     found = circuits.Found(circuits.read_record())
     assert found.common(both, 5.0) == ["one", "two"] and found.common(both, 0.15) == []
     assert found.edges("", ["three"], 5.0) == {1: pytest.approx(7)}
+
+
+def test_ratios_are_looked_at_otherwise(searched, monkeypatch, capsys):
+    """By cell: all of them, nodes too, and only those in which both models do the task as a whole."""
+    monkeypatch.setattr(circuits, "widths_target", 5.0)
+    one, two = rows_of("--d_model=9", 1, "one", 40), rows_of("--d_model=9", 1, "two", 10)
+    circuits.add([row | {"whole_train_loss": 6.0} for row in one])
+    circuits.add([row | {"nodes": row["nodes"] and 20, "val_loss": 7.0} for row in two])
+    circuits.print_otherwise(circuits.Found(circuits.read_record()), {"sparse": "", "other": "--d_model=9"})
+    cells = [line.split(" | ")[-1] for line in capsys.readouterr().out.strip().split("\n")[2:]]
+    assert cells == ["2 (2) |", "2.83 (2) |", "1 (1) |", "4 (1) |", "1 to 4 |"]
 
 
 def test_choices_stand_beside_the_sparse_model(searched, monkeypatch, capsys):
