@@ -5,9 +5,10 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py ...
 
 Any setting below is changed in a config file or by a flag: --target_l0_fraction=1/32. A run that was
-interrupted goes on with the same command and --init_from=resume. In the order of the file: the settings, the
-method (two schedules and the update), the order of the data, the loop, and the start, which builds what the
-loop needs. What a run stands on is in runs.py, what is measured of it in measures.py.
+interrupted goes on with the same command and --init_from=resume. All nodes must see data/ and out_dir. In
+the order of the file: the settings, the method (two schedules and the update), the order of the data, the
+loop, and the start, which builds what the loop needs. What a run stands on is in runs.py, what is measured
+of it in measures.py.
 """
 import math
 import os

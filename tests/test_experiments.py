@@ -305,10 +305,12 @@ def test_widths_are_drawn(searched, monkeypatch):
 
 
 def test_all_models_of_the_grid_can_be_built():
-    """Every L0 leaves the neurons their minimum of weights; two models are those of figure 2."""
+    """Every L0 leaves the neurons their minimum of weights; two models are of figure 2; no job is twice."""
     for d_model, levels in circuits.GRID.items():
         smallest = GPT(GPTConfig(n_layer=1, d_model=d_model, use_bigram_table=False)).smallest_l0()
         assert all(eval(l0) >= smallest for l0 in levels)
+    jobs = [(flags, seed, task) for flags, seed, tasks in circuits.all_jobs() for task in tasks]
+    assert len(jobs) == len(set(jobs))
     assert circuits.grid_flags(256, "1/16") == circuits.MODELS["sparse"]
     assert circuits.grid_flags(256, "1") == circuits.MODELS["dense, same shape"]
 
