@@ -65,16 +65,15 @@ def for_triton(x):
 
 
 def largest(bits, k):
-    """Mask of the k largest of each row of `bits` (rows, n), of integers; lower index first among equals."""
+    """Mask of the k > 0 largest of each row of `bits` (rows, n), no less than 0; of equals the first."""
     n = bits.shape[1]
-    if k == 0:
-        return np.zeros(bits.shape, bool)
+    if bits.itemsize == 2 and n <= 2**16:  # many are equal: the place in the row, appended, tells them apart
+        bits = bits.astype(np.uint32) * 2**16 + np.arange(n, dtype=np.uint32)[::-1]
     kth = np.partition(bits, n - k, axis=1)[:, n - k, None]
     mask = bits >= kth
     if np.count_nonzero(mask) > k * len(bits):  # equals
-        above, equal = bits > kth, bits == kth
-        room = k - np.count_nonzero(above, axis=1, keepdims=True)
-        mask = above | (equal & (np.cumsum(equal, axis=1, dtype=np.int32) <= room))
+        room = k - np.count_nonzero(bits > kth, axis=1, keepdims=True)
+        mask &= (bits > kth) | (np.cumsum(bits == kth, axis=1, dtype=np.int32) <= room)
     return mask
 
 
@@ -189,7 +188,7 @@ def keep_survivors_of_one_(p, k, j, neuron_dim, score):
         neurons = torch.from_numpy(bits).transpose(0, neuron_dim).contiguous()  # numpy transposes slowly
         bits.swapaxes(0, neuron_dim)[largest(neurons.numpy(), j)] = np.iinfo(bits.dtype).max
     weights = p.detach().view(SAME_SIZE_INT[p.itemsize]).numpy()
-    weights *= largest(bits.reshape(1, -1), k).reshape(bits.shape)
+    weights *= largest(bits.reshape(1, -1), k).reshape(bits.shape) if k else 0
     torch.autograd.graph.increment_version(p)  # as PyTorch's own in-place operators do
 
 
