@@ -65,16 +65,15 @@ def for_triton(x):
 
 
 def largest(bits, k):
-    """Mask of the k largest of each row of `bits` (rows, n), of integers; lower index first among equals."""
+    """Mask of the k > 0 largest of each row of `bits` (rows, n), no less than 0; of equals the first."""
     n = bits.shape[1]
-    if k == 0:
-        return np.zeros(bits.shape, bool)
+    if bits.itemsize == 2 and n <= 2**16:  # many are equal: the place in the row, appended, tells them apart
+        bits = bits.astype(np.uint32) * 2**16 + np.arange(n, dtype=np.uint32)[::-1]
     kth = np.partition(bits, n - k, axis=1)[:, n - k, None]
     mask = bits >= kth
     if np.count_nonzero(mask) > k * len(bits):  # equals
-        above, equal = bits > kth, bits == kth
-        room = k - np.count_nonzero(above, axis=1, keepdims=True)
-        mask = above | (equal & (np.cumsum(equal, axis=1, dtype=np.int32) <= room))
+        room = k - np.count_nonzero(bits > kth, axis=1, keepdims=True)
+        mask &= (bits > kth) | (np.cumsum(bits == kth, axis=1, dtype=np.int32) <= room)
     return mask
 
 
@@ -182,14 +181,15 @@ def keep_survivors_(tensors, score):
 
 @torch.no_grad()  # which a thread does not inherit
 def keep_survivors_of_one_(p, k, j, neuron_dim, score):
-    scores = score(p).detach()
-    bits = scores.view(SAME_SIZE_INT[scores.itemsize]).numpy()
+    bits = rows_of(score(p).detach().contiguous())
     bits = bits & np.iinfo(bits.dtype).max  # without the sign: a copy, as the scores may be anyone's
     if j:
-        neurons = torch.from_numpy(bits).transpose(0, neuron_dim).contiguous()  # numpy transposes slowly
-        bits.swapaxes(0, neuron_dim)[largest(neurons.numpy(), j)] = np.iinfo(bits.dtype).max
+        neurons = torch.from_numpy(bits).transpose(0, neuron_dim).contiguous().numpy()  # numpy is slow here
+        for _ in range(j):  # a j of ten or less is found sooner by argmax than by a partition
+            at = np.arange(len(neurons)), neurons.argmax(axis=1)
+            neurons[at] = bits.swapaxes(0, neuron_dim)[at] = -1  # taken; unsigned, it is the largest
     weights = p.detach().view(SAME_SIZE_INT[p.itemsize]).numpy()
-    weights *= largest(bits.reshape(1, -1), k).reshape(bits.shape)
+    weights *= largest(bits.view(f"u{bits.itemsize}").reshape(1, -1), k).reshape(p.shape) if k else 0
     torch.autograd.graph.increment_version(p)  # as PyTorch's own in-place operators do
 
 
