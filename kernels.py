@@ -67,7 +67,7 @@ def for_triton(x):
 def largest(bits, k):
     """Mask of the k > 0 largest of each row of `bits` (rows, n), no less than 0; of equals the first."""
     n = bits.shape[1]
-    if bits.itemsize == 2 and n <= 2**16:  # many are equal: the place in the row, appended, tells them apart
+    if bits.itemsize == 2 and n <= 2**16:  # with its place in the row appended, no number equals another
         bits = bits.astype(np.uint32) * 2**16 + np.arange(n, dtype=np.uint32)[::-1]
     kth = np.partition(bits, n - k, axis=1)[:, n - k, None]
     mask = bits >= kth
