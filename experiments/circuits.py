@@ -358,7 +358,8 @@ def print_choices(found):
 
 
 def print_grid(found):
-    """The table of figure 3. Returns the number of tasks, and (d_model, L0, val loss, edges) of models."""
+    """The table of figure 3. Returns the number of tasks, and of models (d_model, L0, val loss, edges), the
+    edges by seed."""
     grid = {(d_model, l0): grid_flags(d_model, l0) for d_model, levels in GRID.items() for l0 in levels}
     grid = {at: flags for at, flags in grid.items() if found.seeds(flags)}
     tasks = widths_tasks.split(",") if widths_tasks else found.common(grid.values(), widths_target)
@@ -369,7 +370,7 @@ def print_grid(found):
                           for some in (tasks, *([task] for task in TASKS)))
         rows.append((*at, len(losses), f"{np.mean(losses):.3f}", *map(describe, (over, *of_each))))
         if over and np.isfinite(over).all():
-            points.append((*at, np.mean(losses), geometric_mean(over)))
+            points.append((*at, np.mean(losses), over))
     table(("d_model", "L0", "seeds", "val loss", f"edges at {widths_target:g}, {len(tasks)} tasks", *TASKS),
           *rows)
     return len(tasks), points
@@ -383,6 +384,8 @@ def figure(path, **labels):
     figure, axis = plt.subplots(figsize=(7, 4.5))
     axis.set(yscale="log", **labels)
     yield axis
+    axis.yaxis.set_major_formatter("{x:,.0f}")
+    axis.yaxis.set_minor_formatter(lambda y, _: f"{y:,.0f}" if f"{y:.0e}"[0] in "25" else "")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
     axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
@@ -406,15 +409,18 @@ def draw_targets(found, compared):
 
 
 def draw_widths(n, points):
-    """Figure 3: edges against val loss, a line for each width, its points by L0."""
+    """Figure 3: edges against val loss, a line for each width, its points by L0; bars over the seeds."""
     with figure(widths_image, xlabel="val loss of the model (nats per token)",
                 ylabel=f"edges at loss {widths_target:g}, geometric mean over {n} tasks") as axis:
         for d_model in sorted({point[0] for point in points}):
             line = [point[1:] for point in points if point[0] == d_model]
-            axis.plot([x for _, x, _ in line], [y for *_, y in line], marker="o", markersize=4,
-                      label=f"d_model {d_model}")
-            for l0, x, y in line:
-                axis.annotate(l0, (x, y), (4, 4), textcoords="offset points", fontsize=8)
+            middle = np.array([geometric_mean(edges) for *_, edges in line])
+            bars = [middle - [min(edges) for *_, edges in line], [max(edges) for *_, edges in line] - middle]
+            axis.errorbar([x for _, x, _ in line], middle, bars, marker="o", markersize=4, capsize=3,
+                          label=f"d_model {d_model}")
+            for (l0, x, edges), y in zip(line, middle, strict=True):
+                axis.annotate(f"{l0}, n = {len(edges)}", (x, y), (5, 5), textcoords="offset points",
+                              fontsize=8)
 
 
 def report():
