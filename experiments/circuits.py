@@ -302,35 +302,35 @@ def print_tables(found, compared):
 
 
 def print_otherwise(found, compared):
-    """The ratios at `widths_target` over cells, a task at a seed in which both models have a circuit.
+    """The ratios over cells, a task at a seed in which both models have a circuit.
 
-    Also of nodes; of the cells in which both models without ablation reach the target; and of those in which
-    both circuits are within a quarter of it on val.
+    At `widths_target` also of nodes; of the cells in which both models without ablation reach the target;
+    and of those in which both circuits are within a quarter of it on val.
     """
-    def logs(flags, of="edges", where=lambda row: True):
+    def logs(flags, at=widths_target, of="edges", where=lambda row: True):
         """Logarithms of the ratios of `of`, by cell."""
         cells = {(seed, task): (row, found.best["", seed, task, target])
                  for (f, seed, task, target), row in found.best.items()
-                 if f == flags and target == widths_target and ("", seed, task, target) in found.best}
+                 if f == flags and target == at and ("", seed, task, target) in found.best}
         return {cell: np.log(max(int(row[of]), 1) / max(int(sparse[of]), 1))
                 for cell, (row, sparse) in cells.items() if where(row) and where(sparse)}
 
     def words(values):
         return f"{np.exp(np.mean([*values.values()])):.3g} ({len(values)})" if values else ""
 
-    ways = {
-        "edges (cells)": {},
-        "nodes": {"of": "nodes"},
-        "edges, where both whole models reach it": {
+    at = f"at {widths_target:g}"
+    ways = {f"edges at {target:g} (cells)": {"at": target} for target in TARGETS} | {
+        f"nodes {at}": {"of": "nodes"},
+        f"edges {at}, where both whole models reach it": {
             "where": lambda row: float(row["whole_train_loss"]) <= widths_target},
-        "edges, where both circuits are near it on val": {
+        f"edges {at}, where both circuits are near it on val": {
             "where": lambda row: float(row["val_loss"]) <= 1.25 * widths_target},
     }
     models = {label: flags for label, flags in (compared | SAME_LOSS).items()
               if flags and found.seeds(flags)}
-    table((f"times the sparse model's at {widths_target:g}", *models),
+    table(("times the sparse model's", *models),
           *((way, *(words(logs(flags, **how)) for flags in models.values())) for way, how in ways.items()),
-          ("edges, 95% interval", *(interval(logs(flags)) for flags in models.values())))
+          (f"edges {at}, 95% interval", *(interval(logs(flags)) for flags in models.values())))
 
 
 def interval(logs, draws=2000):

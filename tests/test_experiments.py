@@ -276,7 +276,7 @@ def test_ratios_are_looked_at_otherwise(searched, monkeypatch, capsys):
     circuits.add([row | {"nodes": row["nodes"] and 20, "val_loss": 7.0} for row in two])
     circuits.print_otherwise(circuits.Found(circuits.read_record()), {"sparse": "", "other": "--d_model=9"})
     cells = [line.split(" | ")[-1] for line in capsys.readouterr().out.strip().split("\n")[2:]]
-    assert cells == ["2 (2) |", "2.83 (2) |", "1 (1) |", "4 (1) |", "1 to 4 |"]
+    assert cells == [" |", "2 (2) |", "2.83 (2) |", "1 (1) |", "4 (1) |", "1 to 4 |"]
 
 
 def test_choices_stand_beside_the_sparse_model(searched, monkeypatch, capsys):
