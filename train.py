@@ -380,8 +380,10 @@ def check_settings(world_size):
 
 
 def build_model(start, vocab_size, given):
-    """A new model, with the weights of `start` if there is one; or `start` itself, if its run goes on. Ends
-    the script if settings that were `given` contradict it: what has no parameters a new run may change."""
+    """A new model, with the weights of `start` if there is one; or `start` itself, if its run goes on.
+
+    Ends the script if settings that were `given` contradict it. A new run may set those of CHANGEABLE.
+    """
     fixed = {"vocab_size": vocab_size}
     if start:
         fixed = {"vocab_size": start.config.vocab_size, "n_head": start.config.n_head}
