@@ -148,7 +148,6 @@ def is_trained(checkpoint):
 def rows_of_trial(nodes, tau, choosing, judging):
     """What the importance tau of the nodes makes of each target loss."""
     order = tau.argsort(descending=True, stable=True)
-
     loss_at = functools.cache(functools.partial(circuit.loss_of_first, nodes, choosing, order))
     for target in TARGETS:
         size, _ = circuit.fewest(loss_at, nodes.number, target)
@@ -307,16 +306,16 @@ def print_otherwise(found, compared):
     At `widths_target` also of nodes; of the cells in which both models without ablation reach the target;
     and of those in which both circuits are within a quarter of it on val.
     """
-    def logs(flags, at=widths_target, of="edges", where=lambda row: True):
-        """Logarithms of the ratios of `of`, by cell."""
+    def ratios(flags, at=widths_target, of="edges", where=lambda row: True):
+        """By cell, of the edges or nodes."""
         cells = {(seed, task): (row, found.best["", seed, task, target])
                  for (f, seed, task, target), row in found.best.items()
                  if f == flags and target == at and ("", seed, task, target) in found.best}
-        return {cell: np.log(max(int(row[of]), 1) / max(int(sparse[of]), 1))
+        return {cell: max(int(row[of]), 1) / max(int(sparse[of]), 1)
                 for cell, (row, sparse) in cells.items() if where(row) and where(sparse)}
 
     def words(values):
-        return f"{np.exp(np.mean([*values.values()])):.3g} ({len(values)})" if values else ""
+        return f"{geometric_mean([*values.values()]):.3g} ({len(values)})" if values else ""
 
     at = f"at {widths_target:g}"
     ways = {f"edges at {target:g} (cells)": {"at": target} for target in TARGETS} | {
@@ -329,21 +328,21 @@ def print_otherwise(found, compared):
     models = {label: flags for label, flags in (compared | SAME_LOSS).items()
               if flags and found.seeds(flags)}
     table(("times the sparse model's", *models),
-          *((way, *(words(logs(flags, **how)) for flags in models.values())) for way, how in ways.items()),
-          (f"edges {at}, 95% interval", *(interval(logs(flags)) for flags in models.values())))
+          *((way, *(words(ratios(flags, **how)) for flags in models.values())) for way, how in ways.items()),
+          (f"edges {at}, 95% interval", *(interval(ratios(flags)) for flags in models.values())))
 
 
-def interval(logs, draws=2000):
-    """Where 95% of the geometric means are if seeds and tasks are drawn anew, of logs by (seed, task)."""
-    if not logs:
+def interval(ratios, draws=2000):
+    """Where 95% of the geometric means are if seeds and tasks are drawn anew, of ratios by (seed, task)."""
+    if not ratios:
         return ""
     rng, means = np.random.default_rng(0), []
-    seeds, tasks = (sorted(set(names)) for names in zip(*logs, strict=True))
+    seeds, tasks = (sorted(set(names)) for names in zip(*ratios, strict=True))
     while len(means) < draws:
         drawn = itertools.product(rng.choice(seeds, len(seeds)), rng.choice(tasks, len(tasks)))
-        if some := [logs[cell] for cell in drawn if cell in logs]:
-            means.append(np.mean(some))
-    return "{:.2g} to {:.2g}".format(*np.exp(np.percentile(means, [2.5, 97.5])))
+        if some := [ratios[cell] for cell in drawn if cell in ratios]:
+            means.append(geometric_mean(some))
+    return "{:.2g} to {:.2g}".format(*np.percentile(means, [2.5, 97.5]))
 
 
 def print_choices(found):

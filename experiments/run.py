@@ -295,14 +295,14 @@ def sparse_models(d_model, levels=LEVELS):
 def scaling_lines():
     """The lines of the figure by label. A line: the flags of its models, each with those it is tuned at."""
     lines = {}
-    for widths, levels, dense_widths, label, more in (
-        (WIDTHS, LEVELS, DENSE_WIDTHS, "", ""),
-        (LONGER_WIDTHS, LONGER_LEVELS, LONGER_DENSE_WIDTHS, ", 4 times the steps", f" {LONGER}"),
+    for widths, levels, dense_widths, label, for_steps in (
+        (WIDTHS, LEVELS, DENSE_WIDTHS, "", str),
+        (LONGER_WIDTHS, LONGER_LEVELS, LONGER_DENSE_WIDTHS, ", 4 times the steps", longer),
     ):
         for d_model in widths:
-            models = {n: flags + more for n, flags in sparse_models(d_model, levels).items()}
+            models = {n: for_steps(flags) for n, flags in sparse_models(d_model, levels).items()}
             lines[f"d_model {d_model}{label}"] = {flags: models[TUNED_AT] for flags in models.values()}
-        models = [f"--d_model={d_model} {DENSE}{more}" for d_model in dense_widths]
+        models = [for_steps(f"--d_model={d_model} {DENSE}") for d_model in dense_widths]
         lines[f"dense{label}"] = {flags: flags for flags in models}
     return lines
 
