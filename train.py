@@ -240,8 +240,7 @@ def record_of_update(model, step, loss, rms, seconds):
     """What is logged of update `step`, `seconds` being the time of one: a dict of numbers."""
     record = {}
     if due(step, log_every_n_steps):
-        record |= {"loss": loss, "lr": lr_at(step), "l0": l0_at(step),
-                   "grad_rms": rms,
+        record |= {"loss": loss, "lr": lr_at(step), "l0": l0_at(step), "grad_rms": rms,
                    "tokens": (step + 1) * tokens_in_step(), "tokens_per_second": tokens_in_step() / seconds,
                    "seconds_left": seconds * (max_iters - 1 - step), **activation_statistics(model)}
     if due(step, log_weights_every_n_steps):
