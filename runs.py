@@ -122,6 +122,38 @@ def check_ranks_agree(model, process, step, out_dir):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# files
+
+
+@contextmanager
+def opened_beside(path, mode="w"):
+    """A file beside `path` to write to, text in UTF-8 or bytes, which is renamed to `path` when it is whole.
+
+    Whatever happens meanwhile, `path` holds all of the old or all of the new. Raises what writing raises.
+    """
+    beside = path + ".tmp"
+    try:
+        with open(beside, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        if os.path.isfile(beside):
+            os.remove(beside)
+        raise
+
+
+def write_atomically(path, text):
+    """Write a text file all or not at all; ends the script if that cannot be done."""
+    try:
+        with opened_beside(path) as f:
+            f.write(text)
+    except OSError as e:
+        fail(f"cannot write {path} ({e.strerror}): make room, or choose another place")
+
+
+# ----------------------------------------------------------------------------------------------------------
 # data
 
 
@@ -241,16 +273,11 @@ def save_checkpoint(path, model, optimizer, scaler, **more):
 
 
 def write_checkpoint(path, checkpoint):
-    """Write it beside `path` and rename it into place: whatever happens, a whole one is there."""
+    """Write it, or end the script and leave the one before it as it was."""
     try:
-        with open(path + ".tmp", "wb") as f:
+        with opened_beside(path, "wb") as f:
             torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as e:
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
         fail(f"cannot write {path} ({e}); the one before it is whole: make room, then --init_from=resume")
 
 
@@ -324,6 +351,21 @@ def load_start(init_from):
 # the log
 
 
+def read_log(path):
+    """The records of a log.jsonl, a list of dicts with their "step"; ends the script if there are none.
+
+    A killed run may have torn its last line: it does not count.
+    """
+    try:
+        with open(path, encoding="utf-8") as f:
+            records = [json.loads(line) for line in f if line.endswith("}\n")]
+        if not all(type(record) is dict and type(record.get("step")) is int for record in records):
+            raise ValueError("a line has no step")
+    except (OSError, ValueError, RecursionError) as e:
+        fail(f"cannot read the log {path} ({e}): give the --out_dir of a training run, or move the log away")
+    return records
+
+
 class Log:
     """Where the records of a run go: the terminal, out_dir/log.jsonl and, if asked, wandb."""
 
@@ -331,18 +373,9 @@ class Log:
         """Records from step `start` on will be made again: drop those that an interrupted run left. That of
         an evaluation at `start` is kept unless the run `evaluates` there again."""
         self.path, self.wandb, self.wandb_id = os.path.join(out_dir, "log.jsonl"), None, wandb_id
-        try:
-            kept = []
-            if start and os.path.exists(self.path):
-                with open(self.path, encoding="utf-8") as f:
-                    records = [json.loads(line) for line in f if line.endswith("}\n")]  # one may be torn
-                kept = [json.dumps(record) + "\n" for record in records if record["step"] < start or (
-                    record["step"] == start and "val/loss" in record and not evaluates)]
-            with open(self.path + ".tmp", "w", encoding="utf-8") as f:
-                f.writelines(kept)
-            os.replace(self.path + ".tmp", self.path)
-        except (OSError, ValueError) as e:
-            fail(f"cannot rewrite {self.path} ({e}): repair it or move it away")
+        records = read_log(self.path) if start and os.path.exists(self.path) else []
+        write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in records if (
+            record["step"] < start or record["step"] == start and "val/loss" in record and not evaluates)))
 
     def start_wandb(self, project, name, settings):
         """Send what is written to wandb too, to a new run or to `wandb_id`; name '': out_dir's last part."""
