@@ -8,9 +8,11 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -21,6 +23,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import released
 from configurator import fail
@@ -88,12 +91,49 @@ def this_process(device="auto", dtype="auto"):
     return Process(rank, world_size, device, legal[dtype])
 
 
+def name_of_device(device):
+    """What the GPU or the CPU calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def git(*arguments):
+    """What git says in the folder of this file, or None if it is no checkout."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=os.path.dirname(os.path.abspath(__file__)),
+                              capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def write_settings(out_dir, settings, process):
+    """Write out_dir/settings.json: the settings of a run, with what and on what they ran. Nothing reads it."""
+    changes = git("status", "--porcelain")
+    about = {"settings": settings, "torch": torch.__version__, "numpy": np.__version__,
+             "python": platform.python_version(), "device": name_of_device(process.device),
+             "commit": git("rev-parse", "HEAD"), "clean": None if changes is None else not changes}
+    write_atomically(os.path.join(out_dir, "settings.json"), json.dumps(about, indent=2) + "\n")
+
+
 def can_compile(device):
     """Whether torch.compile works: a compiler that is there may lack a header, or a place to write to."""
     try:
         return has_compiler(device.type) and bool(torch.compile(torch.exp)(torch.zeros(1, device=device)))
     except Exception:  # noqa: BLE001  a compiler can fail in any way
         return False
+
+
+def distributed(model, process):
+    """The model as the ranks train it together: their gradients are averaged in its backward pass."""
+    if process.world_size == 1:
+        return model
+    return DistributedDataParallel(model, [process.device] if process.device.type == "cuda" else None)
 
 
 def compile_blocks(model, process):
@@ -255,7 +295,7 @@ def start_out_dir(out_dir, tokenizer):
                 n += 1
             os.mkdir(aside)
             for name in os.listdir(out_dir):
-                if re.fullmatch(r"(ckpt|best|finished-\d+)\.pt|log\.jsonl|tokenizer\.json", name):
+                if re.fullmatch(r"(ckpt|best|finished-\d+)\.pt|log\.jsonl|(tokenizer|settings)\.json", name):
                     os.replace(os.path.join(out_dir, name), os.path.join(aside, name))
             print(f"{out_dir} held another run, which is now in {aside}")
         with open(os.path.join(out_dir, "tokenizer.json"), "w", encoding="utf-8") as f:
@@ -267,9 +307,39 @@ def start_out_dir(out_dir, tokenizer):
 def save_checkpoint(path, model, optimizer, scaler, **more):
     """Save what a run needs to go on; `more` is what `load_checkpoint` expects beside the states. Nothing
     random is: all that is random in training is a function of the seed and the step."""
-    write_checkpoint(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+    moments = {name: optimizer.state.get(p, {}) for name, p in model.named_parameters()}
+    write_checkpoint(path, {"model": model.state_dict(), "optimizer": {"state": moments},
                             "scaler": scaler.state_dict(), "config": asdict(model.config),
                             "torch": str(torch.__version__), **more})
+
+
+def are_moments(found, p):
+    """Whether `found` is what Adam keeps of parameter p: {} before its first update, else three tensors."""
+    shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+    return found == {} or type(found) is dict and found.keys() == shapes.keys() and all(
+        isinstance(found[key], torch.Tensor) and found[key].shape == shape for key, shape in shapes.items())
+
+
+def restore_(checkpoint, model, optimizer, scaler):
+    """Give Adam its moments back, by the names of the parameters, and the scaler its scale.
+
+    Adam's betas and eps stay those of the settings, which may have changed. Ends the script with the name of
+    a parameter whose moments do not fit. A parameter that no update has reached yet has none, {}.
+    """
+    parameters, moments = dict(model.named_parameters()), checkpoint["optimizer"]["state"]
+    if "param_groups" in checkpoint["optimizer"]:  # an older checkpoint, by number
+        names = dict(enumerate(parameters))
+        moments = {names.get(i, i): found for i, found in moments.items()}
+    if checkpoint["step"] == 0 and not moments:  # no update has been made
+        moments = dict.fromkeys(parameters, {})
+    for name in [*parameters, *moments]:
+        if name not in parameters or not are_moments(moments.get(name), parameters[name]):
+            fail(f"the checkpoint's moments of {name}, which Adam keeps, do not fit model.py: use the code "
+                 "that wrote it, or begin a new run with its weights, --init_from=PATH")
+    state = {i: moments[name] for i, name in enumerate(parameters) if moments[name]}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    if scaler.is_enabled() and checkpoint["scaler"]:
+        scaler.load_state_dict(checkpoint["scaler"])
 
 
 def write_checkpoint(path, checkpoint):
@@ -422,6 +492,50 @@ class Log:
     def close(self):
         if self.wandb:
             self.wandb.finish()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# what a run hears of its device, of its other ranks and of signals
+
+
+class Readings:
+    """Losses and gradients' RMS of the updates made, which stay on the device until they are read.
+
+    To read them makes the CPU wait for the device. So it is done where they are needed, and else about every
+    five seconds: for all must be finite, and a signal may ask to stop. All ranks read after the same updates,
+    as they reckon the next time from numbers that they summed at the last.
+    """
+
+    SECONDS = 5  # between readings
+
+    def __init__(self, process, scaler, out_dir):
+        self.process, self.overflows, self.out_dir = process, scaler.is_enabled(), out_dir
+        self.signal, self.unread = StopSignal(), []
+        self.wait, self.last_time = 1, time.monotonic()  # read after so many updates; when that was done last
+
+    def add(self, step, loss, rms):
+        """Note what update `step` has made, tensors (): nothing waits for them."""
+        self.unread.append((step, loss, rms))
+
+    def are_due(self):
+        return len(self.unread) >= self.wait
+
+    def read(self):
+        """Loss and RMS of the last update, means over the ranks, and whether a rank was asked to stop.
+
+        Ends the run if a number of any update since the last reading is not finite.
+        """
+        steps, losses, norms = zip(*self.unread, strict=True)
+        stopping, seconds = self.signal.received is not None, time.monotonic() - self.last_time
+        totals = self.process.sum(stopping, seconds, *losses, *norms) / self.process.world_size
+        stopping, seconds, *numbers = totals.tolist()
+        for step, loss, rms in zip(steps, numbers, numbers[len(steps):], strict=False):
+            overflow = not math.isfinite(rms) and self.overflows  # of float16: Adam was skipped
+            if not math.isfinite(loss) or not (math.isfinite(rms) or overflow):
+                stop(f"at step {step} the loss is {loss} and the gradients' RMS {rms}", self.out_dir)
+        self.wait = max(1, int(self.SECONDS * len(steps) / max(seconds, 1e-9)))
+        self.unread, self.last_time = [], time.monotonic()
+        return loss, rms, stopping > 0
 
 
 # ----------------------------------------------------------------------------------------------------------
