@@ -55,10 +55,10 @@ def configure(settings, argv=None):
     return set(chosen)
 
 
-def changed_settings(settings, other):
-    """The settings that differ from those of `other` (name -> value), as one would write them: a string."""
-    return ", ".join(f"{name}={value!r}" for name, value in settings_of(settings).items()
-                     if name in other and value != other[name])
+def difference(settings, other, but=()):
+    """The settings whose value is not that of `other` (name -> value), as they are written: a string."""
+    return ", ".join(f"{name}={value!r}" for name, value in sorted(settings_of(settings).items())
+                     if name in other and name not in but and value != other[name])
 
 
 def adopt(settings, earlier, given, look):

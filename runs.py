@@ -113,7 +113,7 @@ def git(*arguments):
 
 
 def write_settings(out_dir, settings, process):
-    """Write out_dir/settings.json: the settings of a run, with what and on what they ran. Nothing reads it."""
+    """Write out_dir/settings.json, which nothing reads: a run's settings, with what and on what they ran."""
     changes = git("status", "--porcelain")
     about = {"settings": settings, "torch": torch.__version__, "numpy": np.__version__,
              "python": platform.python_version(), "device": name_of_device(process.device),
@@ -316,8 +316,8 @@ def save_checkpoint(path, model, optimizer, scaler, **more):
 def are_moments(found, p):
     """Whether `found` is what Adam keeps of parameter p: {} before its first update, else three tensors."""
     shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
-    return found == {} or type(found) is dict and found.keys() == shapes.keys() and all(
-        isinstance(found[key], torch.Tensor) and found[key].shape == shape for key, shape in shapes.items())
+    return type(found) is dict and (not found or found.keys() == shapes.keys() and all(
+        isinstance(found[key], torch.Tensor) and found[key].shape == shape for key, shape in shapes.items()))
 
 
 def restore_(checkpoint, model, optimizer, scaler):
@@ -331,7 +331,7 @@ def restore_(checkpoint, model, optimizer, scaler):
         names = dict(enumerate(parameters))
         moments = {names.get(i, i): found for i, found in moments.items()}
     if checkpoint["step"] == 0 and not moments:  # no update has been made
-        moments = dict.fromkeys(parameters, {})
+        moments = {name: {} for name in parameters}
     for name in [*parameters, *moments]:
         if name not in parameters or not are_moments(moments.get(name), parameters[name]):
             fail(f"the checkpoint's moments of {name}, which Adam keeps, do not fit model.py: use the code "
@@ -495,50 +495,6 @@ class Log:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# what a run hears of its device, of its other ranks and of signals
-
-
-class Readings:
-    """Losses and gradients' RMS of the updates made, which stay on the device until they are read.
-
-    To read them makes the CPU wait for the device. So it is done where they are needed, and else about every
-    five seconds: for all must be finite, and a signal may ask to stop. All ranks read after the same updates,
-    as they reckon the next time from numbers that they summed at the last.
-    """
-
-    SECONDS = 5  # between readings
-
-    def __init__(self, process, scaler, out_dir):
-        self.process, self.overflows, self.out_dir = process, scaler.is_enabled(), out_dir
-        self.signal, self.unread = StopSignal(), []
-        self.wait, self.last_time = 1, time.monotonic()  # read after so many updates; when that was done last
-
-    def add(self, step, loss, rms):
-        """Note what update `step` has made, tensors (): nothing waits for them."""
-        self.unread.append((step, loss, rms))
-
-    def are_due(self):
-        return len(self.unread) >= self.wait
-
-    def read(self):
-        """Loss and RMS of the last update, means over the ranks, and whether a rank was asked to stop.
-
-        Ends the run if a number of any update since the last reading is not finite.
-        """
-        steps, losses, norms = zip(*self.unread, strict=True)
-        stopping, seconds = self.signal.received is not None, time.monotonic() - self.last_time
-        totals = self.process.sum(stopping, seconds, *losses, *norms) / self.process.world_size
-        stopping, seconds, *numbers = totals.tolist()
-        for step, loss, rms in zip(steps, numbers, numbers[len(steps):], strict=False):
-            overflow = not math.isfinite(rms) and self.overflows  # of float16: Adam was skipped
-            if not math.isfinite(loss) or not (math.isfinite(rms) or overflow):
-                stop(f"at step {step} the loss is {loss} and the gradients' RMS {rms}", self.out_dir)
-        self.wait = max(1, int(self.SECONDS * len(steps) / max(seconds, 1e-9)))
-        self.unread, self.last_time = [], time.monotonic()
-        return loss, rms, stopping > 0
-
-
-# ----------------------------------------------------------------------------------------------------------
 # how a run ends
 
 
@@ -581,6 +537,46 @@ class StopSignal:
         if number != signal.SIGHUP and self.received and time.monotonic() - self.received >= grace:
             os._exit(128 + number)
         self.received = self.received or time.monotonic()
+
+
+class Readings:
+    """Losses and gradients' RMS of the updates made, which stay on the device until they are read.
+
+    To read them makes the CPU wait for the device. So it is done where they are needed, and else about every
+    five seconds, for a signal may ask to stop. All ranks read after the same updates: at each reading they
+    reckon from the seconds that they took together after how many updates the next one is due.
+    """
+
+    SECONDS = 5  # between readings
+
+    def __init__(self, process, scaler, out_dir):
+        self.process, self.overflows, self.out_dir = process, scaler.is_enabled(), out_dir
+        self.signal, self.unread = StopSignal(), []
+        self.wait, self.last_time = 1, time.monotonic()  # updates until the next reading; when the last was
+
+    def add(self, step, loss, rms):
+        """Note what update `step` has made, tensors (): nothing waits for them."""
+        self.unread.append((step, loss, rms))
+
+    def are_due(self):
+        return len(self.unread) >= self.wait
+
+    def read(self):
+        """Loss and RMS of the last update, means over the ranks, and whether a rank was asked to stop.
+
+        Ends the run if a number of any update since the last reading is not finite.
+        """
+        steps, losses, norms = zip(*self.unread, strict=True)
+        stopping, seconds = self.signal.received is not None, time.monotonic() - self.last_time
+        totals = self.process.sum(stopping, seconds, *losses, *norms) / self.process.world_size
+        stopping, seconds, *numbers = totals.tolist()
+        for step, loss, rms in zip(steps, numbers, numbers[len(steps):], strict=False):
+            overflow = not math.isfinite(rms) and self.overflows  # of float16: Adam was skipped
+            if not math.isfinite(loss) or not (math.isfinite(rms) or overflow):
+                stop(f"at step {step} the loss is {loss} and the gradients' RMS {rms}", self.out_dir)
+        self.wait = max(1, int(self.SECONDS * len(steps) / max(seconds, 1e-9)))
+        self.unread, self.last_time = [], time.monotonic()
+        return loss, rms, stopping > 0
 
 
 def resume_command():
