@@ -18,10 +18,10 @@ import pytest
 import torch
 
 import runs
+from conftest import REPO, checkpoint
 from experiments import circuits, evaluate, plot
 from experiments import run as experiments
 from model import GPT, GPTConfig
-from test_sparsity import REPO, checkpoint
 
 # ----------------------------------------------------------------------------------------------------------
 # experiments/run.py

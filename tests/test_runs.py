@@ -1,5 +1,5 @@
 """Runs, in this process: what a checkpoint holds and how a run goes on from it, whatever ended it: a signal,
-a crash, a full disk, a number that is none. What a run computes is in test_sparsity.py, what happens to runs
+a crash, a full disk, a number that is none. What a step computes is in test_sparsity.py, what happens to runs
 in processes of their own in test_processes.py.
 """
 import errno
@@ -20,8 +20,7 @@ import torch
 
 import runs
 import train
-from conftest import read, tree
-from test_sparsity import (
+from conftest import (
     REPO,
     assert_ended_alike,
     at_step,
@@ -29,8 +28,10 @@ from test_sparsity import (
     checkpoint,
     interrupted_run,
     log,
+    read,
     run,
     state,
+    tree,
     weights,
 )
 
@@ -39,6 +40,32 @@ def test_one_update_is_the_shortest_run(here):
     """max_iters=1 trains, evaluates before and after, and ends."""
     assert run("train.py tiny.py --max_iters=1") == 0
     assert [record["step"] for record in log()] == [0, 0, 1]
+
+
+def test_a_run_makes_max_iters_updates(here, monkeypatch):
+    """Updates 0 .. max_iters - 1 are made, once each, and the checkpoint counts them."""
+    steps = []
+    call_before(monkeypatch, "update_", lambda model, optimizer, scaler, step: steps.append(step))
+    assert run("train.py tiny.py --max_iters=7") == 0
+    assert steps == list(range(7))
+    assert checkpoint()["step"] == 7
+
+
+def test_the_seed_alone_decides_the_weights(here, whole):
+    """The same seed gives the same bytes twice, in weights, optimizer and log; another seed gives others."""
+    assert run("train.py tiny.py --out_dir=same") == run("train.py tiny.py --out_dir=other --seed=2") == 0
+    assert_ended_alike("same", whole)
+    assert weights("other") != weights(whole)
+
+
+@pytest.mark.parametrize("change", [
+    "--eval_interval=5", "--eval_interval=100 --eval_iters=7", "--wandb_log=True", "--log_every_n_steps=0",
+    "--log_gradients_every_n_steps=1 --log_weights_every_n_steps=1 --log_sparsity_every_n_steps=1"])
+def test_watching_changes_nothing(here, whole, change, monkeypatch):
+    """Evaluation and logging, whenever they happen, leave the weights as they are to the last bit."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert run(f"train.py tiny.py {change}") == 0
+    assert weights() == weights(whole)
 
 
 def test_importing_train_has_no_side_effects(tmp_path):
@@ -58,6 +85,16 @@ def test_some_of_torchruns_variables_are_no_torchrun(here, monkeypatch):
 
 # ----------------------------------------------------------------------------------------------------------
 # checkpoints
+
+
+@pytest.mark.parametrize("step", [0, 5, 7, 11])
+def test_resume_equals_uninterrupted(here, whole, step):
+    """A run stopped by a signal and resumed, with no flag but where it is, ends like one never stopped:
+    weights, optimizer, best model and log, in which no record is lost or doubled."""
+    assert interrupted_run("train.py tiny.py", step) == 0
+    assert checkpoint()["step"] == step + 1
+    assert run("train.py --init_from=resume --out_dir=out") == 0
+    assert_ended_alike("out", whole)
 
 
 def test_resume_after_a_crash(here, whole):
