@@ -480,8 +480,8 @@ class Run:
             moments = {name: {} for name in parameters}
         for name in [*parameters, *moments]:
             if name not in parameters or not are_moments(moments.get(name), parameters[name]):
-                fail(f"Adam's moments of {name} in the checkpoint do not fit model.py: use the code that wrote "
-                     "it, or begin a new run with its weights, --init_from=PATH")
+                fail(f"Adam's moments of {name} do not fit: use the code that wrote the checkpoint, "
+                     "or begin a new run with its weights, --init_from=PATH")
         state = {i: moments[name] for i, name in enumerate(parameters) if moments[name]}
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
         if self.scaler.is_enabled() and checkpoint["scaler"]:
