@@ -156,8 +156,8 @@ def test_the_death_of_a_rank_ends_the_other(two_ranks, here, rank):
 @pytest.mark.parametrize("everyone", [False, True])
 def test_sigterm_to_torchrun(two_ranks, here, everyone):
     """SIGTERM to torchrun, or to every process, to which torchrun then adds its own: both ranks stop after
-    the same step, within about five seconds, as many steps here; one checkpoint is written and the command to
-    resume is printed; resumed, the run ends as if it had not been stopped."""
+    the same step, within about five seconds, as many steps here; one checkpoint is written and the command
+    to resume is printed; resumed, the run ends as if it had not been stopped."""
     process = launch(LONG, ranks=2, fault="""
         update_ = train.update_
         def slow_update_(model, optimizer, scaler, step):
