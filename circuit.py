@@ -22,8 +22,8 @@ from circuits import picture, sceptic
 from circuits.nodes import Contexts, Nodes, count, loss_of, means_over, survival
 from circuits.sceptic import result
 from configurator import check_rules, configure, fail
-from prepare import load_tokenizer
 from runs import load_run, this_process, windows
+from tokenizer import load_tokenizer, tokenizer_in
 
 out_dir = "out"  # of the training run
 checkpoint = "ckpt.pt"  # in out_dir: 'ckpt.pt' is the latest, 'best.pt' the sparsest of least val loss
@@ -379,7 +379,7 @@ def main():
     process = this_process(device, "float32")
     saved, model, data = load_run(out_dir, checkpoint)
     model.to(process.device).requires_grad_(False)
-    tokenizer = load_tokenizer(os.path.join("data", saved["settings"]["dataset"], "tokenizer.json"))
+    tokenizer = load_tokenizer(tokenizer_in(os.path.join("data", saved["settings"]["dataset"])))
     spec, name = read_task(task, tokenizer)
     sets = learning, choosing, judging = three_sets(spec, data, tokenizer, model.config.block_size, process)
     target = target_loss or spec["target_loss"]

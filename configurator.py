@@ -26,6 +26,11 @@ def fail(message):
     raise SystemExit(2)
 
 
+def one_line(error):
+    """An exception in a few words, for the line of `fail`."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
 def settings_of(namespace):
     """The settings among a script's globals: lower-case names of a bool, an int, a float or a string."""
     return {k: v for k, v in namespace.items() if k.islower() and k[0] != "_" and type(v) in TYPES}

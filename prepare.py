@@ -28,7 +28,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import tiktoken
 
-from configurator import configure, fail, settings_of
+from configurator import configure, fail, one_line, settings_of
+from tokenizer import PLUG_IN, load_tokenizer, read_tokenizer, save_tokenizer, tokenizer_in
 
 # -----------------------------------------------------------------------------
 # settings
@@ -52,7 +53,6 @@ data_dir = "data"          # where the folder goes
 FORMATS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 OUTPUTS = ("train.bin", "val.bin", "tokenizer.json", "meta.json")
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # which desktops leave in any folder
-PLUG_IN = "tinypython_2k is in the authors' package: pip install git+https://github.com/openai/circuit_sparsity"
 
 
 # -----------------------------------------------------------------------------
@@ -253,39 +253,6 @@ def training_sample(skipped):
             return
 
 
-def save_tokenizer(encoding, path):
-    """Write `encoding` as JSON, one token per line in the order of ids.
-
-    A token is a string if its bytes are UTF-8, else a list of byte values; null is an id that no text has.
-    """
-    tokens = [None] * (max(encoding._mergeable_ranks.values()) + 1)
-    for token, i in encoding._mergeable_ranks.items():
-        try:
-            tokens[i] = token.decode()
-        except UnicodeDecodeError:
-            tokens[i] = list(token)
-    lines = ",\n".join(json.dumps(token, ensure_ascii=False) for token in tokens)
-    with open(path, "w", encoding="utf-8", newline="\n") as f:
-        f.write(f'{{"name": {json.dumps(encoding.name)},\n"pattern": {json.dumps(encoding._pat_str)},\n'
-                f'"special_tokens": {json.dumps(encoding._special_tokens)},\n"tokens": [\n{lines}\n]}}\n')
-
-
-def load_tokenizer(path):
-    """Return the tiktoken.Encoding that `save_tokenizer` wrote; ValueError if `path` holds no such."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            spec = json.load(f)
-        tokens = [t.encode() if isinstance(t, str) else bytes(list(t or [])) for t in spec["tokens"]]
-        ranks = {token: i for i, token in enumerate(tokens) if token}
-        special = spec["special_tokens"]
-        if len({*ranks.values(), *special.values()}) < sum(map(bool, tokens)) + len(special):
-            raise ValueError("a token or an id occurs twice")
-        return tiktoken.Encoding(spec["name"], pat_str=spec["pattern"], mergeable_ranks=ranks,
-                                 special_tokens=special)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
-        raise ValueError(f"{path} is not a tokenizer that prepare.py wrote ({one_line(e)})") from e
-
-
 # -----------------------------------------------------------------------------
 # encoding
 
@@ -370,9 +337,8 @@ def check_settings(folder, target):
 def build(folder):
     """Write the four files into `folder`; return what meta.json says."""
     encoding = get_encoding()
-    save_tokenizer(encoding, f"{folder}/tokenizer.json")
-    with open(f"{folder}/tokenizer.json", "rb") as f:
-        digest = hashlib.sha256(f.read()).hexdigest()
+    save_tokenizer(encoding, tokenizer_in(folder))
+    _, digest = read_tokenizer(tokenizer_in(folder))
     skipped = Counter()
     counts = write_bins(folder, encoding, skipped)
     train, val = counts["train"]["documents"], counts["val"]["documents"]
@@ -411,10 +377,6 @@ def is_running(pid):
 def summary(skipped):
     reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(skipped.items()))
     return f"{sum(skipped.values()):,} skipped" + (f" ({reasons})" if reasons else "")
-
-
-def one_line(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def main(argv=None):

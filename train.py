@@ -52,6 +52,7 @@ from runs import (
     this_process,
     windows,
 )
+from tokenizer import tokenizer_in
 
 # ----------------------------------------------------------------------------------------------------------
 # settings
@@ -423,7 +424,7 @@ def main():
     checkpoint, model, adopted = None, None, {}
     if init_from == "resume":  # with the settings of the run, but for those that are given now
         checkpoint = load_checkpoint(os.path.join(out_dir, "ckpt.pt"))
-        model, tokenizer_path = model_of(checkpoint), os.path.join(out_dir, "tokenizer.json")
+        model, tokenizer_path = model_of(checkpoint), tokenizer_in(out_dir)
         known = settings_of(globals()).keys() - {"out_dir", "init_from"}
         adopted = {k: v for k, v in checkpoint["settings"].items() if k in known}
     elif init_from != "scratch":

@@ -13,6 +13,7 @@ import torch
 from circuits.nodes import matrices
 from configurator import configure, fail
 from experiments.plot import plt, save
+from tokenizer import spell
 
 circuit = ""  # the path of a circuit.json
 image = ""  # where to write the figure; '': circuit.png, beside it
@@ -34,15 +35,6 @@ what the values are there; what comes next, and by how much the circuit prefers 
 
 # ----------------------------------------------------------------------------------------------------------
 # what is drawn
-
-
-def spell(tokenizer, token):
-    """A token on one line: ⏎ is a newline, ␣ a space where there is nothing else."""
-    text = tokenizer.decode([token]).replace("\n", "⏎").replace("\t", "⇥")
-    spaces = text.count(" ")
-    if text.strip(" ⏎"):
-        return text
-    return text.replace(" ", "␣") if spaces < 4 else text.replace(" ", "") + f"␣×{spaces}"
 
 
 def location_of(site):

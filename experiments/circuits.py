@@ -27,8 +27,8 @@ import circuit
 from circuits.nodes import count, loss_of
 from configurator import configure, fail, settings_of
 from experiments.run import last_of_log
-from prepare import load_tokenizer
 from runs import load_checkpoint, load_run, this_process
+from tokenizer import load_tokenizer, tokenizer_in
 
 jobs = os.cpu_count() or 1  # processes; a GPU serves more than one, as the models are small
 device = "auto"  # 'auto', 'cpu', 'cuda'
@@ -172,7 +172,7 @@ def run_job(flags, seed, tasks):
     saved, model, data = load_run(folder, "ckpt.pt")
     model.to(process.device).requires_grad_(False)
     nodes = circuit.measured_nodes(model, data, process)
-    tokenizer = load_tokenizer(os.path.join("data", saved["settings"]["dataset"], "tokenizer.json"))
+    tokenizer = load_tokenizer(tokenizer_in(os.path.join("data", saved["settings"]["dataset"])))
     for task, trials in missing.items():
         spec, _ = circuit.read_task(task, tokenizer)
         sets = circuit.three_sets(spec, data, tokenizer, model.config.block_size, process)

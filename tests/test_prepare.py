@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 import prepare
 from conftest import byte_tokenizer, tree
+from tokenizer import load_tokenizer, save_tokenizer
 
 # with val_fraction 0.5 these are on both sides, whatever else is in the corpus
 TEXTS = [f"def f{i}(x):\n    return x + {i}  # number {i}\n" for i in range(24)]
@@ -53,7 +54,7 @@ def corpus(folder, texts=TEXTS, name="texts.jsonl"):
 
 def parts(folder):
     """The documents of train.bin and of val.bin, decoded with what is in the folder and nothing else."""
-    encoding = prepare.load_tokenizer(folder / "tokenizer.json")
+    encoding = load_tokenizer(folder / "tokenizer.json")
     documents = []
     for part in ("train", "val"):
         ids = np.fromfile(folder / f"{part}.bin", dtype="<u2")
@@ -104,7 +105,7 @@ def test_a_trained_tokenizer_has_vocab_size_tokens_the_last_being_endoftext(tmp_
     path = corpus(tmp_path, [*TEXTS, " " * 2_000_000])  # more spaces than a regular expression can take
     for size in (257, 280):
         folder = run_prepare(tmp_path, f"--dataset={path}", "--tokenizer=bpe", f"--vocab_size={size}")
-        encoding = prepare.load_tokenizer(folder / "tokenizer.json")
+        encoding = load_tokenizer(folder / "tokenizer.json")
         assert encoding.n_vocab == json.loads((folder / "meta.json").read_text())["vocab_size"] == size
         assert encoding.eot_token == size - 1 and len(encoding.token_byte_values()) == size - 1
 
@@ -196,45 +197,11 @@ def test_max_tokens_gives_a_beginning_of_the_whole(tmp_path):
 
 def test_the_largest_vocabulary_that_fits_uint16_is_stored_exactly(tmp_path):
     """With 65,536 tokens the last id is 65,535, and documents end with it; one more is an error."""
-    prepare.save_tokenizer(byte_tokenizer(65_535), tmp_path / "tokenizer.json")
+    save_tokenizer(byte_tokenizer(65_535), tmp_path / "tokenizer.json")
     folder = run_prepare(tmp_path, f"--dataset={corpus(tmp_path)}", f"--tokenizer={tmp_path}/tokenizer.json")
     train, val = parts(folder)
     assert sorted(train + val) == sorted(TEXTS)
     assert np.fromfile(folder / "val.bin", dtype="<u2").max() == 65_535
-
-
-def test_any_encoding_comes_back_from_its_file_unchanged(tmp_path):
-    """Shuffled byte ids, merges, unused ids, several special tokens: all as in published encodings."""
-    order = [b for b in range(256) if chr(b).isprintable() and b != 32]
-    order += [b for b in range(256) if b not in order]
-    ranks = {bytes([b]): i for i, b in enumerate(order)}
-    ranks |= {b"he": 256, "é".encode(): 257, b"\xc3\xa9\xff": 259, b" th": 261, b'"\n\x7f': 262}
-    gpt2_like = tiktoken.Encoding("gpt2-like", pat_str=r"'s|\p{L}+|[^\p{L}]+", mergeable_ranks=ranks,
-                                  special_tokens={"<|endoftext|>": 300, "<|pad|>": 258})
-    for encoding in (gpt2_like, byte_tokenizer(256)):
-        prepare.save_tokenizer(encoding, tmp_path / "tokenizer.json")
-        loaded = prepare.load_tokenizer(tmp_path / "tokenizer.json")
-        for attribute in ("name", "_pat_str", "_mergeable_ranks", "_special_tokens", "n_vocab"):
-            assert getattr(loaded, attribute) == getattr(encoding, attribute)
-        assert loaded.encode_ordinary("the été's\n🎉") == encoding.encode_ordinary("the été's\n🎉")
-
-
-@pytest.mark.parametrize("text", [
-    "", "[]", "{}", '{"tokens": 3}', '{"name": "x", "pattern": "(", "special_tokens": {}, "tokens": ["a"]}',
-    '{"name": "x", "pattern": ".", "special_tokens": {}, "tokens": ["a", "a"]}',
-    '{"name": "x", "pattern": ".", "special_tokens": {"e": 0}, "tokens": ["a"]}',
-    '{"name": "x", "pattern": ".", "special_tokens": {"e": -1}, "tokens": ["a"]}',
-    '{"name": "x", "pattern": ".", "special_tokens": {}, "tokens": [[999]]}',
-    '{"name": "x", "pattern": ".", "special_tokens": {}, "tokens": [7]}'])
-def test_a_malformed_tokenizer_file_is_a_value_error(tmp_path, text):
-    """load_tokenizer says in a sentence which file is wrong; a missing file stays a FileNotFoundError."""
-    path = tmp_path / "tokenizer.json"
-    with pytest.raises(FileNotFoundError):
-        prepare.load_tokenizer(path)
-    path.write_text(text)
-    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer that prepare.py wrote") as error:
-        prepare.load_tokenizer(path)
-    assert "\n" not in str(error.value)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -342,7 +309,7 @@ def test_documents_that_cannot_be_used_are_skipped_and_counted(tmp_path, capsys)
     (folder / "picture.png").write_bytes(b"PNG")
     write_jsonl(folder / "rows.jsonl", [{"text": None}, '{"text": "cut', "[1, 2]", {"text": 5}, "[" * 10**5,
                                         {"other": ""}, "", '{"text": "\\ud800"}', {"text": "good"}])
-    prepare.save_tokenizer(byte_tokenizer(256, pattern=r"\s+(?!\S)|\s+|\S+"), tmp_path / "t.json")
+    save_tokenizer(byte_tokenizer(256, pattern=r"\s+(?!\S)|\s+|\S+"), tmp_path / "t.json")
     out = run_prepare(tmp_path, f"--dataset={folder}/*", f"--tokenizer={tmp_path}/t.json")
     train, val = parts(out)
     assert sorted(train + val) == sorted([*TEXTS, "good"])
@@ -545,7 +512,7 @@ def bad_files(tmp):
     (tmp / "not.json").write_text("[1, 2]")
     for name, encoding in (("no_end", byte_tokenizer(None)), ("holes", byte_tokenizer(256, missing=b"qz")),
                            ("huge", byte_tokenizer(65_536))):
-        prepare.save_tokenizer(encoding, tmp / f"{name}.json")
+        save_tokenizer(encoding, tmp / f"{name}.json")
 
 
 BAD_PREPARE = [  # what is wrong, the arguments ({tmp} holds the files above), words of the line that says so
