@@ -323,6 +323,21 @@ def load_start(init_from):
 # the log
 
 
+def read_log(path):
+    """The records of a log.jsonl, a list of dicts with their "step"; ends the script if there are none.
+
+    A killed run may have torn its last line: it does not count.
+    """
+    try:
+        with open(path, encoding="utf-8") as f:
+            records = [json.loads(line) for line in f if line.endswith("}\n")]
+        if not all(type(record) is dict and type(record.get("step")) is int for record in records):
+            raise ValueError("a line has no step")
+    except (OSError, ValueError, RecursionError) as e:
+        fail(f"cannot read the log {path} ({e}): give the --out_dir of a training run, or move the log away")
+    return records
+
+
 class Log:
     """Where the records of a run go: the terminal, out_dir/log.jsonl and, if asked, wandb."""
 

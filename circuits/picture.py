@@ -12,7 +12,7 @@ import torch
 
 from circuits.nodes import matrices
 from configurator import configure, fail
-from experiments.plot import plt, save
+from figures import new_figure, save
 from tokenizer import spell
 
 circuit = ""  # the path of a circuit.json
@@ -260,8 +260,8 @@ def draw(record, path):
     height = min(max(4.5, 0.25 * max(map(len, columns.values()))), 30.0)
     examples = 0.17 * sum(3.4 + 2.6 * (sum(len(token) + 0.6 for token in example["tokens"]) // WIDTH)
                           for example in record["picture"]["examples"])
-    figure, (axis, below) = plt.subplots(2, 1, figsize=(14, height + examples + 1.4), layout="constrained",
-                                         height_ratios=(height, examples + 0.1))
+    figure, (axis, below) = new_figure(14, height + examples + 1.4, rows=2,
+                                       height_ratios=(height, examples + 0.1))
     right = max(columns) + 1
     answers = [(right, 0.7), (right, 0.3)]
     draw_lines(axis, record, at, answers)
@@ -283,7 +283,6 @@ def draw(record, path):
     axis.text(-0.75, -0.04, LEGEND, fontsize=7, color="0.3", va="top")
     draw_examples(below, record)
     save(figure, path)
-    plt.close(figure)
 
 
 def main():
