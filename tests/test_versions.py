@@ -20,12 +20,14 @@ def read(name):
 
 @pytest.mark.parametrize("change, words", [
     ("sys.version_info = (3, 10, 9)", "this is Python 3.10: 3.11 or later"),
-    (TORCH.format("2.5.1+cu124"), "this is PyTorch 2.5.1"), (TORCH.format("1.13.0"), "this is PyTorch 1.13.0"),
+    (TORCH.format("2.5.1+cu124"), "this is PyTorch 2.5.1"),
+    (TORCH.format("1.13.0"), "this is PyTorch 1.13.0"),
     (TORCH.format("2.10.0a0+git"), None), ("", None)])
 def test_what_is_too_old_is_named(change, words):
     """Exit status 2 and one line, before anything else of ours is imported."""
     code = f"import sys, types\n{change}\nimport configurator"
-    result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=False)
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True,
+                            check=False)
     if words is None:
         assert (result.returncode, result.stderr) == (0, "")
     else:
