@@ -18,9 +18,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from circuits import picture, sceptic
+from circuits import controls as asked
+from circuits import picture
+from circuits.controls import result
 from circuits.nodes import Contexts, Nodes, count, loss_of, means_over, survival
-from circuits.sceptic import result
 from configurator import check_rules, configure, fail
 from runs import load_run, this_process, windows
 from tokenizer import load_tokenizer, tokenizer_in
@@ -326,22 +327,22 @@ def check_settings():
 def put_beside(nodes, gates, sets, beyond, data, target, process):
     """All that is asked of a circuit besides its own result: name -> result."""
     judging = sets[-1]
-    random, without_random = sceptic.random_draws(nodes, gates, judging, seed)
+    random, without_random = asked.random_draws(nodes, gates, judging, seed)
     found = {
         "without": result(nodes.judge(judging, 1 - gates)) | count(nodes, 1 - gates),
         "without_random": without_random, "random": random,
-        "faithfulness": sceptic.faithfulness(nodes, gates, judging, seed),
-        "beyond": {name: {"circuit": sceptic.agreement(nodes, gates, contexts),
-                          "nothing": sceptic.agreement(nodes, 0 * gates, contexts)}
+        "faithfulness": asked.faithfulness(nodes, gates, judging, seed),
+        "beyond": {name: {"circuit": asked.agreement(nodes, gates, contexts),
+                          "nothing": asked.agreement(nodes, 0 * gates, contexts)}
                    for name, contexts in beyond.items()},
         "survival": {name: {c: round(x[c].item(), 4) for c in nodes.kept(gates)[name]}
                      for name, x in survival(nodes, judging, gates).items() if name in nodes.kept(gates)},
-        "interventions": sceptic.interventions(nodes, gates, judging),
+        "interventions": asked.interventions(nodes, gates, judging),
     }
-    exchanged = [sceptic.shuffled_labels(contexts, seed) for contexts in sets]
+    exchanged = [asked.shuffled_labels(contexts, seed) for contexts in sets]
     found["labels_shuffled"] = control("labels shuffled", nodes, exchanged, target)
-    for name, destroy in (("weights_drawn_anew", sceptic.drawn_anew),
-                          ("weights_shuffled", sceptic.shuffled_weights)):
+    for name, destroy in (("weights_drawn_anew", asked.drawn_anew),
+                          ("weights_shuffled", asked.shuffled_weights)):
         other = measured_nodes(destroy(nodes.model, seed), data, process)
         found[name] = control(name.replace("_", " "), other, sets, target)
     return found
@@ -395,16 +396,16 @@ def main():
         fail(f"no search reached the target of {target:g}, the best was {chosen['lowest_loss']:.3f}: raise "
              "--target_loss or --steps, or lower --penalties")
     gates, ones = chosen["gates"], torch.ones(nodes.number, device=nodes.device)
-    results = sceptic.baselines(nodes, data.train, judging, seed) | {
+    results = asked.baselines(nodes, data.train, judging, seed) | {
         "circuit": result(nodes.judge(judging, gates)) | count(nodes, gates),
-        "circuit_fitted": sceptic.fitted(nodes, gates, choosing, judging),
-        "whole_fitted": sceptic.fitted(nodes, ones, choosing, judging),
+        "circuit_fitted": asked.fitted(nodes, gates, choosing, judging),
+        "whole_fitted": asked.fitted(nodes, ones, choosing, judging),
         "seeds": seeds_agree(nodes, runs, chosen)}
     if controls:
         results |= put_beside(nodes, gates, sets, beyond, data, target, process)
     answers = spec.get("pair")
-    sceptic.print_table(results, f"{len(judging)} {'contexts of val' if answers else 'held-out prompts'}")
-    sceptic.print_rest(results)
+    asked.print_table(results, f"{len(judging)} {'contexts of val' if answers else 'held-out prompts'}")
+    asked.print_rest(results)
     save({
         "task": name, "model": os.path.join(out_dir, checkpoint), "target_loss": target,
         "ablation": ablation,

@@ -69,6 +69,26 @@ def configure(settings, argv=None):
     return set(chosen)
 
 
+def difference(settings, other, but=()):
+    """The settings whose value is not that of `other` (name -> value), as they are written: a string."""
+    return ", ".join(f"{name}={value!r}" for name, value in sorted(settings_of(settings).items())
+                     if name in other and name not in but and value != other[name])
+
+
+def adopt(settings, earlier, given, look):
+    """Go on with the settings of an `earlier` run (name -> value), but for those that were `given` now.
+
+    `settings` (a script's globals()) change in place; what is no setting of the script is not added. Returns
+    what look() saw while all settings were the earlier run's, before those that were given came back.
+    """
+    known = settings_of(settings).keys()
+    now = {name: settings[name] for name in given}
+    settings.update({name: value for name, value in earlier.items() if name in known})
+    seen = look()
+    settings.update(now)
+    return seen
+
+
 def check_rules(settings, rules):
     """End the script if a setting breaks one of `rules`: (names, by spaces; what is legal; the words)."""
     for names, legal, rule in rules:

@@ -1,12 +1,10 @@
 """How the definitions of model.py come fast: the same choices, bit for bit, and attention up to rounding.
 
-A definition in model.py hands over with one line above it, `@kernels.hands_over_to(...)`. Without that line
-the definition itself runs, and a test holds the two equal. Magnitudes are compared as integers throughout:
-the bits of non-negative floats keep their order. In the order of the file: choosing the k largest on a CPU,
-AbsTopK, the prune, attention with a sink, Linears that are mostly zeros. kernels_triton.py has what is
-chosen on a GPU.
+The body of a definition asks `can_...` whether there is something faster for its arguments, and if not goes
+on itself; tests hold the two equal. Magnitudes are compared as integers throughout: the bits of non-negative
+floats keep their order. In the order of the file: choosing the k largest on a CPU, AbsTopK, the prune,
+attention with a sink, Linears that are mostly zeros. kernels_triton.py has what is chosen on a GPU.
 """
-import functools
 import math
 import os
 import shutil
@@ -26,22 +24,7 @@ except ImportError:  # without Triton
     kernels_triton = None
 
 SAME_SIZE_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size in bytes
-
-
-def hands_over_to(fast):
-    """Decorate a definition: `fast` runs in its place, unless it answers NotImplemented to its arguments.
-
-    `inspect.unwrap` gives the definition itself, decorated or not.
-    """
-    def decorate(plain):
-        @functools.wraps(plain)
-        def fast_or_plain(*args, **kwargs):
-            result = fast(*args, **kwargs)
-            return plain(*args, **kwargs) if result is NotImplemented else result
-
-        return fast_or_plain
-
-    return decorate
+enabled = True  # the setting fast_kernels of a script. False: the definitions of model.py run themselves
 
 
 def has_compiler(device_type):
@@ -64,7 +47,7 @@ def for_triton(x):
 # the k largest on a CPU: numpy's partition finds the k-th far faster than torch.topk or a sort
 
 
-def largest(bits, k):
+def mask_of_largest(bits, k):
     """Mask of the k > 0 largest of each row of `bits` (rows, n), no less than 0; of equals the first."""
     n = bits.shape[1]
     if bits.itemsize == 2 and n <= 2**16:  # with its place in the row appended, no number equals another
@@ -127,7 +110,7 @@ def keep_largest(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     kept, mask = np.empty_like(bits), np.empty(bits.shape, bool)
 
     def keep(rows):
-        mask[rows] = largest(bits[rows] & np.iinfo(bits.dtype).max, k)  # without the sign
+        mask[rows] = mask_of_largest(bits[rows] & np.iinfo(bits.dtype).max, k)  # without the sign
         np.multiply(bits[rows], mask[rows], out=kept[rows])
 
     over_rows(keep, bits)
@@ -153,30 +136,35 @@ zero_where_not.register_autograd(
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]))
 
 
+def can_abs_topk(x):
+    """On a CPU, and on a GPU that Triton can compile for."""
+    return enabled and (x.is_cpu or for_triton(x))
+
+
 def abs_topk(x, k):
-    """`model.abs_topk` on a CPU, and on a GPU that Triton can compile for."""
-    if not 1 <= k <= x.size(-1):
-        return NotImplemented
-    if x.is_cpu:
-        return keep_largest(x.contiguous(), k)[0]
-    return kernels_triton.KeepLargest.apply(x, k) if for_triton(x) else NotImplemented
+    """`model.abs_topk`, of 1 <= k <= n."""
+    return keep_largest(x.contiguous(), k)[0] if x.is_cpu else kernels_triton.KeepLargest.apply(x, k)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # the prune: on a CPU a matrix for each thread, on a GPU all matrices at once
 
 
+def can_keep_survivors(tensors):
+    """On a CPU, and of float32 tensors on a GPU that Triton can compile for."""
+    if not enabled or all(p.is_cpu for p, *_ in tensors):
+        return enabled
+    return for_triton(tensors[0][0]) and all(
+        p.dtype == torch.float32 and p.is_contiguous() and p.device == tensors[0][0].device
+        and p.numel() < 2**31 for p, *_ in tensors)
+
+
 def keep_survivors_(tensors, score):
-    """`model.keep_survivors_` on a CPU, and of float32 tensors on a GPU that Triton can compile for."""
+    """`model.keep_survivors_`."""
     if all(p.is_cpu for p, *_ in tensors):
         list(workers.map(lambda tensor: keep_survivors_of_one_(*tensor, score), tensors))
-    elif for_triton(tensors[0][0]) and all(p.dtype == torch.float32 and p.is_contiguous()
-                                           and p.device == tensors[0][0].device
-                                           and p.numel() < 2**31 for p, *_ in tensors):
-        kernels_triton.keep_survivors_(tensors, score)
     else:
-        return NotImplemented
-    return None
+        kernels_triton.keep_survivors_(tensors, score)
 
 
 @torch.no_grad()  # which a thread does not inherit
@@ -189,7 +177,8 @@ def keep_survivors_of_one_(p, k, j, neuron_dim, score):
             at = np.arange(len(neurons)), neurons.argmax(axis=1)
             neurons[at] = bits.swapaxes(0, neuron_dim)[at] = -1  # taken; unsigned, it is the largest
     weights = p.detach().view(SAME_SIZE_INT[p.itemsize]).numpy()
-    weights *= largest(bits.view(f"u{bits.itemsize}").reshape(1, -1), k).reshape(p.shape) if k else 0
+    bits = bits.view(f"u{bits.itemsize}").reshape(1, -1)
+    weights *= mask_of_largest(bits, k).reshape(p.shape) if k else 0
     torch.autograd.graph.increment_version(p)  # as PyTorch's own in-place operators do
 
 
@@ -265,18 +254,19 @@ def attention_with_a_key_more(q, k, v, sink_logit, dropout_p):
     return y[:, :, 1:, :d_head]
 
 
+def can_sink_attention(q, k, dropout_p):
+    """On a CPU without dropout, on CUDA unless there is a single query; the fused masks start at key 0."""
+    queries = q.size(2)
+    if not enabled or 1 < queries < k.size(2):
+        return False
+    return dropout_p == 0.0 if q.is_cpu else q.is_cuda and queries > 1
+
+
 def sink_attention(q, k, v, sink_logit, dropout_p):
-    """`model.sink_attention` on a CPU without dropout, and on CUDA unless there is a single query."""
-    d_head, queries = q.size(-1), q.size(2)
-    if 1 < queries < k.size(2):  # the fused masks start at the first key
-        return NotImplemented
-    if q.is_cpu and dropout_p == 0.0:
-        return FusedSinkAttention.apply(q, k, v, sink_logit)
-    if not q.is_cuda or queries == 1:
-        return NotImplemented
-    for_cudnn = (torch.version.cuda and q.dtype == torch.bfloat16 and d_head % 8 == 0 and d_head <= 128
-                 and dropout_p == 0.0)
-    return (FusedSinkAttention.apply(q, k, v, sink_logit) if for_cudnn else
+    """`model.sink_attention`."""
+    for_cudnn = (torch.version.cuda and q.dtype == torch.bfloat16 and q.size(-1) % 8 == 0
+                 and q.size(-1) <= 128 and dropout_p == 0.0)
+    return (FusedSinkAttention.apply(q, k, v, sink_logit) if q.is_cpu or for_cudnn else
             attention_with_a_key_more(q, k, v, sink_logit, dropout_p))
 
 

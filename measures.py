@@ -12,7 +12,7 @@ from runs import windows
 
 
 @torch.no_grad()
-def evaluate(model, data, process, eval_iters, batch_size):
+def estimate_loss(model, data, process, eval_iters, batch_size):
     """Loss in nats per token, and bits per byte, on evenly spaced windows of both splits.
 
     The windows are the same at each call, eval_iters batches of batch_size, shared out over the ranks. No

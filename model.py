@@ -5,7 +5,7 @@ The architecture is GPT-2's with six changes: RMSNorm, AbsTopK at the paper's no
 in every head, a dense bigram table beside the unembedding, an unembedding of its own, and no positional
 embedding. What makes the weights sparse is not in the forward pass: train.py calls `GPT.prune_` after every
 update. The definitions come first, then the configuration, then the modules that are built of them, from the
-leaves to the root. `@kernels.hands_over_to(...)` lets a faster version compute the same where there is one.
+leaves to the root. Where kernels.py has something faster, the body of a definition begins by asking for it.
 """
 import math
 from dataclasses import dataclass
@@ -19,7 +19,6 @@ import kernels
 # ----------------------------------------------------------------------------------------------------------
 # the definitions: what is kept of activations and of weights, attention with a sink
 
-
 def largest(x, k):
     """Mask, bool, of the k largest entries of x (..., n) along the last dimension.
 
@@ -29,7 +28,6 @@ def largest(x, k):
     return torch.zeros_like(x, dtype=torch.bool).scatter(-1, order[..., :k], True)
 
 
-@kernels.hands_over_to(kernels.abs_topk)  # delete this line to change the definition
 def abs_topk(x, k):
     """Keep the k entries of x (..., n) of largest magnitude along the last dimension, and zero the rest.
 
@@ -37,37 +35,45 @@ def abs_topk(x, k):
     """
     if not 1 <= k <= x.size(-1):
         raise ValueError(f"abs_topk keeps between 1 and {x.size(-1)} entries here, not {k}")
+    if kernels.can_abs_topk(x):  # the same entries, sooner; delete these two lines to change the definition
+        return kernels.abs_topk(x, k)
     return torch.where(largest(x.detach().abs(), k), x, 0.0)
 
 
-@kernels.hands_over_to(kernels.sink_attention)  # delete this line to change the definition
-def sink_attention(q, k, v, sink_logit, dropout_p):
-    """Causal attention in which every head sees one more key, of logit `sink_logit` and of value zero.
+def attention_weights(q, k, sink_logit):
+    """What the queries attend to (B, n_head, T, S): causal, with one key more, the sink, that takes a share.
 
     With scores s and sink logit b the weights are exp(s) / (exp(b) + sum exp(s)): a head may attend to
-    nothing. q: (B, n_head, T, d_head); k, v: (B, n_head, S, d_head); the queries are the last T positions.
+    nothing. q: (B, n_head, T, d_head), of the last T positions; k: (B, n_head, S, d_head).
     """
     T, S = q.size(2), k.size(2)
-    scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, n_head, T, S)
+    scores = q @ k.mT / math.sqrt(q.size(-1))
     future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
     scores = scores.masked_fill(future, -torch.inf)
     sink = sink_logit.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-    weights = torch.cat([sink, scores], dim=-1).softmax(dim=-1)[..., 1:]
-    return F.dropout(weights, dropout_p) @ v
+    return torch.cat([sink, scores], dim=-1).softmax(dim=-1)[..., 1:]
 
 
-def score(p):
+def sink_attention(q, k, v, sink_logit, dropout_p):
+    """Of the values v (B, n_head, S, d_head) what each head attends to. The sink's value is zero."""
+    if kernels.can_sink_attention(q, k, dropout_p):  # the same up to rounding, without the (T, S) weights
+        return kernels.sink_attention(q, k, v, sink_logit, dropout_p)
+    return F.dropout(attention_weights(q, k, sink_logit), dropout_p) @ v
+
+
+def weight_score(p):
     """What ranks the weights of p: finite numbers, by magnitude. In training p.grad is the gradient."""
     return p
 
 
-@kernels.hands_over_to(kernels.keep_survivors_)  # delete this line to change the definition
 def keep_survivors_(tensors, score):
     """Zero, in place, all but the k entries of largest |score| in each of `tensors`: (p, k, j, neuron_dim).
 
     The j entries of largest score of each neuron of p are among the survivors whatever their rank. Neurons
     are the rows of a matrix p if neuron_dim is 0, its columns if 1; a tensor without neurons has j = 0.
     """
+    if kernels.can_keep_survivors(tensors):  # the same survivors, sooner
+        return kernels.keep_survivors_(tensors, score)
     for p, k, j, neuron_dim in tensors:
         scores = score(p).abs()
         if j:  # with the neurons as rows, and back
@@ -77,11 +83,12 @@ def keep_survivors_(tensors, score):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# the modules and their configuration. In the place of a part that is switched off stands one that changes
-# nothing, an identity, a zero, a logit of -inf: no forward asks the configuration
+# the modules and their configuration. No forward asks the configuration: in the place of a module that is
+# switched off stands one that changes nothing, in the place of a parameter a constant that changes nothing
 
-LOCATIONS = ("attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in", "mlp_neuron", "mlp_out",
-             "resid_post_attn", "resid_post_mlp")  # channels at the first eight are the paper's nodes
+# where AbsTopK may sit. A new site is named here, and made and called in the module that it belongs to
+NODE_LOCATIONS = ("attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in", "mlp_neuron", "mlp_out")
+LOCATIONS = (*NODE_LOCATIONS, "resid_post_attn", "resid_post_mlp")  # the paper's nodes, and the stream
 
 
 @dataclass
@@ -103,7 +110,7 @@ class GPTConfig:
     use_attention_sinks: bool = True  # one learnable logit per head that attends to nothing
     dropout: float = 0.0
     activation_topk_fraction: float = 0.25  # AbsTopK keeps int(fraction * dim) entries; 1.0 switches it off
-    activation_sparsity_locations: str = ",".join(LOCATIONS[:8])  # any of LOCATIONS, by commas
+    activation_sparsity_locations: str = ",".join(NODE_LOCATIONS)  # any of LOCATIONS, by commas
     vocab_size: int = 2048
     n_head: int = 0  # 0: d_model / d_head, which must divide
 
@@ -163,8 +170,7 @@ class KVCache:
     def extend(self, k, v):
         """Append k, v (B, n_head, T, d_head); return all that are held, the new ones last."""
         if self.length == 0:
-            B, n_head, _, d_head = k.shape
-            self.k, self.v = k.new_empty(2, B, n_head, self.block_size, d_head)
+            self.k, self.v = k.new_empty(2, *k.shape[:2], self.block_size, k.size(3))
         start, self.length = self.length, self.length + k.size(2)
         self.k[:, :, start:self.length] = k
         self.v[:, :, start:self.length] = v
@@ -185,7 +191,6 @@ class CausalSelfAttention(nn.Module):
             self.sink_logit = nn.Parameter(torch.zeros(config.n_head))
         else:  # exp(-inf) = 0: nothing goes to the sink
             self.register_buffer("sink_logit", torch.full((config.n_head,), -torch.inf), persistent=False)
-        self.attend = sink_attention  # an attribute, so that experiments/bench.py can measure others
         self.c_proj = nn.Linear(width, config.d_model, bias=config.use_bias)
         self.dropout = nn.Dropout(config.dropout)
         self.attn_out = site(config, "attn_out", config.d_model)
@@ -197,7 +202,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (t.view(B, T, self.n_head, self.d_head).transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             k, v = cache.extend(k, v)
-        y = self.attend(q, k, v, self.sink_logit, self.dropout.p if self.training else 0.0)
+        y = sink_attention(q, k, v, self.sink_logit, self.dropout.p if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, self.n_head * self.d_head)
         return self.attn_out(self.dropout(self.c_proj(y)))
 
@@ -253,11 +258,14 @@ def draw(logits, temperature, top_k):
     return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
 
 
-# A parameter is pruned if its module is in PRUNED. The number is the dimension of a weight along which its
-# neurons lie: the rows of c_attn and c_fc, which compute the channels of q, k and v and the MLP neurons; the
-# columns of c_proj, by which heads and MLP neurons write. Each keeps a minimum of weights (section 2.1).
-PRUNED = {"wte": None, "wpe": None, "lm_head": None, "c_attn": 0, "c_fc": 0, "c_proj": 1}
-DENSE = {"ln_1", "ln_2", "ln_f", "sink_logit", "bigram_table"}  # names of modules and of parameters
+PRUNED = {  # module -> the dimension of its weight along which its neurons lie; each keeps a minimum (2.1)
+    "wte": None, "wpe": None, "lm_head": None,  # embedding, positions, unembedding: no neurons
+    "c_attn": 0,  # a row reads the stream for one channel of q, k or v
+    "c_fc": 0,  # a row reads the stream for one MLP neuron
+    "c_proj": 1,  # a column is what one channel of a head, or one MLP neuron, writes to the stream
+}
+DENSE = {"ln_1", "ln_2", "ln_f",  # gains, and LayerNorm's biases: one number a channel
+         "sink_logit", "bigram_table"}  # one number a head; what can be said without a circuit
 
 
 class GPT(nn.Module):
@@ -303,8 +311,7 @@ class GPT(nn.Module):
         idx, targets: (B, T) token ids, T <= block_size (else ValueError). The loss is the mean
         cross-entropy in nats over the targets that are not -1, in float32 whatever autocast says.
         """
-        x = self.residual_stream(idx)
-        logits = self.unembed(x, idx)
+        logits = self.unembed(self.residual_stream(idx), idx)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
@@ -332,8 +339,8 @@ class GPT(nn.Module):
 
     def sites(self):
         """All sites, on or off: a list of (location, module), the module's output being the nodes."""
-        named = ((name.split(".")[-1], module) for name, module in self.named_modules())
-        return [(location, module) for location, module in named if location in LOCATIONS]
+        return [(where, module) for name, module in self.named_modules()
+                if (where := name.split(".")[-1]) in LOCATIONS]
 
     # ---- what is pruned, and how (section 2.1)
 
@@ -341,12 +348,12 @@ class GPT(nn.Module):
         """All that `prune_` prunes: a list of (name, parameter, neuron_dim or None)."""
         found = []
         for name, p in self.named_parameters():
-            module, _, kind = name.rpartition(".")
-            module = module.split(".")[-1]
-            if module in PRUNED:
-                found.append((name, p, PRUNED[module] if kind == "weight" else None))
+            *words, kind = name.split(".")
+            part = words[-1] if kind in ("weight", "bias") else kind  # the module, or a parameter on its own
+            if part in PRUNED:
+                found.append((name, p, PRUNED[part] if kind == "weight" else None))
             else:
-                assert {module, kind} & DENSE, f"say in PRUNED or DENSE whether {name} is pruned"
+                assert part in DENSE, f"say in PRUNED or DENSE whether {name} is pruned"
         return found
 
     def decayed_parameters(self):
@@ -358,21 +365,18 @@ class GPT(nn.Module):
         smallest = 0.0
         for _, p, neuron_dim in self.sparse_parameters():
             if p.ndim == 2:
-                neurons = 0 if neuron_dim is None else p.size(neuron_dim)
-                least = max(1, min(neurons * min_weights_per_neuron, p.numel()))
-                fraction = least / p.numel()
-                if int(fraction * p.numel()) < least:  # the product was rounded down
-                    fraction = math.nextafter(fraction, 1)
-                smallest = max(smallest, fraction)
+                n, neurons = p.numel(), 0 if neuron_dim is None else p.size(neuron_dim)
+                least = max(1, min(neurons * min_weights_per_neuron, n))
+                fits = least / n if int(least / n * n) == least else math.nextafter(least / n, 1)  # rounding
+                smallest = max(smallest, fits)
         return smallest
 
     @torch.no_grad()
     def prune_(self, l0_fraction, min_weights_per_neuron=4, sparsify_biases=True):
-        """Zero all but the int(l0_fraction * numel) entries of largest score in every matrix, in place.
+        """Zero all but the k = int(l0_fraction * numel) entries of largest score in every matrix, in place.
 
-        The `min_weights_per_neuron` of largest score of each neuron are among the survivors whatever their
-        rank, and count among them. Biases keep max(1, int(l0_fraction * numel)) entries, or all without
-        `sparsify_biases`. Raises ValueError if the neurons' minimum does not fit.
+        The `min_weights_per_neuron` largest of each neuron are among the k whatever their rank. Biases keep
+        max(1, k), or all without `sparsify_biases`. Raises ValueError if the neurons' minimum does not fit.
         """
         tensors = []
         for name, p, neuron_dim in self.sparse_parameters():
@@ -385,16 +389,15 @@ class GPT(nn.Module):
                                  f"than {j} for each of its {p.size(neuron_dim)} neurons")
             if k < p.numel():
                 tensors.append((p, k, j, neuron_dim))
-        keep_survivors_(tensors, score)
+        keep_survivors_(tensors, weight_score)
 
     # ---- sampling
 
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """Continue idx (B, T >= 1) by `max_new_tokens`, yielding each token (B, 1) as soon as it is drawn.
 
-        Temperature 0 takes the likeliest token; top_k draws among the k likeliest. Keys and values are
-        cached while the text fits block_size; past that the window slides by a token at a time and is read
-        anew for each.
+        Temperature 0 takes the likeliest token, top_k draws among the k likeliest. Keys and values are
+        cached while the text fits block_size; past that the window slides and is read anew for each token.
         """
         was_training = self.training
         self.eval()

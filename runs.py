@@ -7,9 +7,11 @@ import fcntl
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -20,6 +22,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import released
 from configurator import fail
@@ -88,12 +91,49 @@ def this_process(device="auto", dtype="auto"):
     return Process(rank, world_size, device, legal[dtype])
 
 
+def name_of_device(device):
+    """What the GPU or the CPU calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def git(*arguments):
+    """What git says in the folder of this file, or None if it is no checkout."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=os.path.dirname(os.path.abspath(__file__)),
+                              capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def write_settings(out_dir, settings, process):
+    """Write out_dir/settings.json, which nothing reads: a run's settings, with what and on what they ran."""
+    changes = git("status", "--porcelain")
+    about = {"settings": settings, "torch": torch.__version__, "numpy": np.__version__,
+             "python": platform.python_version(), "device": name_of_device(process.device),
+             "commit": git("rev-parse", "HEAD"), "clean": None if changes is None else not changes}
+    write_atomically(os.path.join(out_dir, "settings.json"), json.dumps(about, indent=2) + "\n")
+
+
 def can_compile(device):
     """Whether torch.compile works: a compiler that is there may lack a header, or a place to write to."""
     try:
         return has_compiler(device.type) and bool(torch.compile(torch.exp)(torch.zeros(1, device=device)))
     except Exception:  # noqa: BLE001  a compiler can fail in any way
         return False
+
+
+def distributed(model, process):
+    """The model as the ranks train it together: their gradients are averaged in its backward pass."""
+    if process.world_size == 1:
+        return model
+    return DistributedDataParallel(model, [process.device] if process.device.type == "cuda" else None)
 
 
 def compile_blocks(model, process):
@@ -119,6 +159,38 @@ def check_ranks_agree(model, process, step, out_dir):
     differing = [rank for rank, other in enumerate(checksums) if other != checksums[0]]
     if differing:
         stop(f"at step {step} the weights of rank {differing[0]} differ from those of rank 0", out_dir)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# files
+
+
+@contextmanager
+def opened_beside(path, mode="w"):
+    """A file beside `path` to write to, text in UTF-8 or bytes, which is renamed to `path` when it is whole.
+
+    Whatever happens meanwhile, `path` holds all of the old or all of the new. Raises what writing raises.
+    """
+    beside = path + ".tmp"
+    try:
+        with open(beside, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        if os.path.isfile(beside):
+            os.remove(beside)
+        raise
+
+
+def write_atomically(path, text):
+    """Write a text file all or not at all; ends the script if that cannot be done."""
+    try:
+        with opened_beside(path) as f:
+            f.write(text)
+    except OSError as e:
+        fail(f"cannot write {path} ({e.strerror}): make room, or choose another place")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -222,7 +294,7 @@ def start_out_dir(out_dir, tokenizer):
                 n += 1
             os.mkdir(aside)
             for name in os.listdir(out_dir):
-                if re.fullmatch(r"(ckpt|best|finished-\d+)\.pt|log\.jsonl|tokenizer\.json", name):
+                if re.fullmatch(r"(ckpt|best|finished-\d+)\.pt|log\.jsonl|(tokenizer|settings)\.json", name):
                     os.replace(os.path.join(out_dir, name), os.path.join(aside, name))
             print(f"{out_dir} held another run, which is now in {aside}")
         with open(tokenizer_in(out_dir), "w", encoding="utf-8", newline="") as f:
@@ -234,22 +306,47 @@ def start_out_dir(out_dir, tokenizer):
 def save_checkpoint(path, model, optimizer, scaler, **more):
     """Save what a run needs to go on; `more` is what `load_checkpoint` expects beside the states. Nothing
     random is: all that is random in training is a function of the seed and the step."""
-    write_checkpoint(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+    moments = {name: optimizer.state.get(p, {}) for name, p in model.named_parameters()}
+    write_checkpoint(path, {"model": model.state_dict(), "optimizer": {"state": moments},
                             "scaler": scaler.state_dict(), "config": asdict(model.config),
                             "torch": str(torch.__version__), **more})
 
 
+def are_moments(found, p):
+    """Whether `found` is what Adam keeps of parameter p: {} before its first update, else three tensors."""
+    shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+    return type(found) is dict and (not found or found.keys() == shapes.keys() and all(
+        isinstance(found[key], torch.Tensor) and found[key].shape == shape for key, shape in shapes.items()))
+
+
+def restore_(checkpoint, model, optimizer, scaler):
+    """Give Adam its moments back, by the names of the parameters, and the scaler its scale.
+
+    Adam's betas and eps stay those of the settings, which may have changed. Ends the script with the name of
+    a parameter whose moments do not fit. A parameter that no update has reached yet has none, {}.
+    """
+    parameters, moments = dict(model.named_parameters()), checkpoint["optimizer"]["state"]
+    if "param_groups" in checkpoint["optimizer"]:  # an older checkpoint, by number
+        names = dict(enumerate(parameters))
+        moments = {names.get(i, i): found for i, found in moments.items()}
+    if checkpoint["step"] == 0 and not moments:  # no update has been made
+        moments = {name: {} for name in parameters}
+    for name in [*parameters, *moments]:
+        if name not in parameters or not are_moments(moments.get(name), parameters[name]):
+            fail(f"the checkpoint's moments of {name}, which Adam keeps, do not fit model.py: use the code "
+                 "that wrote it, or begin a new run with its weights, --init_from=PATH")
+    state = {i: moments[name] for i, name in enumerate(parameters) if moments[name]}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    if scaler.is_enabled() and checkpoint["scaler"]:
+        scaler.load_state_dict(checkpoint["scaler"])
+
+
 def write_checkpoint(path, checkpoint):
-    """Write it beside `path` and rename it into place: whatever happens, a whole one is there."""
+    """Write it, or end the script and leave the one before it as it was."""
     try:
-        with open(path + ".tmp", "wb") as f:
+        with opened_beside(path, "wb") as f:
             torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as e:
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
         fail(f"cannot write {path} ({e}); the one before it is whole: make room, then --init_from=resume")
 
 
@@ -345,18 +442,9 @@ class Log:
         """Records from step `start` on will be made again: drop those that an interrupted run left. That of
         an evaluation at `start` is kept unless the run `evaluates` there again."""
         self.path, self.wandb, self.wandb_id = os.path.join(out_dir, "log.jsonl"), None, wandb_id
-        try:
-            kept = []
-            if start and os.path.exists(self.path):
-                with open(self.path, encoding="utf-8") as f:
-                    records = [json.loads(line) for line in f if line.endswith("}\n")]  # one may be torn
-                kept = [json.dumps(record) + "\n" for record in records if record["step"] < start or (
-                    record["step"] == start and "val/loss" in record and not evaluates)]
-            with open(self.path + ".tmp", "w", encoding="utf-8") as f:
-                f.writelines(kept)
-            os.replace(self.path + ".tmp", self.path)
-        except (OSError, ValueError) as e:
-            fail(f"cannot rewrite {self.path} ({e}): repair it or move it away")
+        records = read_log(self.path) if start and os.path.exists(self.path) else []
+        write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in records if (
+            record["step"] < start or record["step"] == start and "val/loss" in record and not evaluates)))
 
     def start_wandb(self, project, name, settings):
         """Send what is written to wandb too, to a new run or to `wandb_id`; name '': out_dir's last part."""
@@ -448,6 +536,46 @@ class StopSignal:
         if number != signal.SIGHUP and self.received and time.monotonic() - self.received >= grace:
             os._exit(128 + number)
         self.received = self.received or time.monotonic()
+
+
+class Readings:
+    """Losses and gradients' RMS of the updates made, which stay on the device until they are read.
+
+    To read them makes the CPU wait for the device. So it is done where they are needed, and else about every
+    five seconds, for a signal may ask to stop. All ranks read after the same updates: at each reading they
+    reckon from the seconds that they took together after how many updates the next one is due.
+    """
+
+    SECONDS = 5  # between readings
+
+    def __init__(self, process, scaler, out_dir):
+        self.process, self.overflows, self.out_dir = process, scaler.is_enabled(), out_dir
+        self.signal, self.unread = StopSignal(), []
+        self.wait, self.last_time = 1, time.monotonic()  # updates until the next reading; when the last was
+
+    def add(self, step, loss, rms):
+        """Note what update `step` has made, tensors (): nothing waits for them."""
+        self.unread.append((step, loss, rms))
+
+    def are_due(self):
+        return len(self.unread) >= self.wait
+
+    def read(self):
+        """Loss and RMS of the last update, means over the ranks, and whether a rank was asked to stop.
+
+        Ends the run if a number of any update since the last reading is not finite.
+        """
+        steps, losses, norms = zip(*self.unread, strict=True)
+        stopping, seconds = self.signal.received is not None, time.monotonic() - self.last_time
+        totals = self.process.sum(stopping, seconds, *losses, *norms) / self.process.world_size
+        stopping, seconds, *numbers = totals.tolist()
+        for step, loss, rms in zip(steps, numbers, numbers[len(steps):], strict=False):
+            overflow = not math.isfinite(rms) and self.overflows  # of float16: Adam was skipped
+            if not math.isfinite(loss) or not (math.isfinite(rms) or overflow):
+                stop(f"at step {step} the loss is {loss} and the gradients' RMS {rms}", self.out_dir)
+        self.wait = max(1, int(self.SECONDS * len(steps) / max(seconds, 1e-9)))
+        self.unread, self.last_time = [], time.monotonic()
+        return loss, rms, stopping > 0
 
 
 def resume_command():

@@ -9,8 +9,8 @@ import os
 import tiktoken
 import torch
 
+import kernels
 from configurator import configure, fail, one_line
-from kernels import use_sparse_linears_
 from runs import load_checkpoint, load_start, model_of, this_process
 from tokenizer import PLUG_IN, load_tokenizer, read_tokenizer, token_bytes, tokenizer_in
 
@@ -25,9 +25,10 @@ top_k = 200  # draw among the k likeliest tokens; 0: among all
 seed = 1337
 device = "auto"  # 'auto', 'cpu', 'cuda', 'cuda:1'
 dtype = "auto"  # of autocast: 'auto', 'float32', 'bfloat16', 'float16'
+fast_kernels = True  # False: the definitions of model.py run as they stand there, and zeros are multiplied
 
 
-def check_settings():
+def check_sampling():
     least = {"num_samples": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0}
     for name, value in least.items():
         if not globals()[name] >= value:
@@ -79,13 +80,14 @@ def read_prompt(tokenizer, block_size):
 
 def main():
     configure(globals())
-    check_settings()
+    check_sampling()
     process = this_process(device, dtype)
     model, tokenizer = load_model()
     prompt = read_prompt(tokenizer, model.config.block_size).to(process.device)
     model.to(process.device)
-    if process.device.type == "cpu":
-        use_sparse_linears_(model)
+    kernels.enabled = fast_kernels
+    if fast_kernels and process.device.type == "cpu":
+        kernels.use_sparse_linears_(model)
     torch.manual_seed(seed)
     for number in range(1, num_samples + 1):
         print(f"---------- sample {number} of {num_samples}")

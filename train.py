@@ -13,45 +13,19 @@ of it in measures.py.
 import math
 import os
 import time
-from collections import deque
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
-from configurator import check_rules, configure, fail, settings_of
-from measures import (
-    activation_statistics,
-    evaluate,
-    gradient_statistics,
-    sparsity_statistics,
-    watch_activations,
-    weight_statistics,
-)
-from model import GPT, GPTConfig
-from runs import (
-    Log,
-    StopSignal,
-    check_ranks_agree,
-    check_tokenizer,
-    claim_out_dir,
-    compile_blocks,
-    keep_finished,
-    load_checkpoint,
-    load_data,
-    load_start,
-    memory_errors_explained,
-    model_of,
-    resume_command,
-    save_checkpoint,
-    start_out_dir,
-    stop,
-    this_process,
-    windows,
-)
+import configurator
+import kernels
+import measures
+import runs
+from configurator import fail
+from model import GPT, NODE_LOCATIONS, GPTConfig
 from tokenizer import tokenizer_in
 
 # ----------------------------------------------------------------------------------------------------------
@@ -73,7 +47,7 @@ use_bigram_table = True
 use_attention_sinks = True
 dropout = 0.0
 activation_topk_fraction = 0.25  # of the entries at a node site stay nonzero; 1.0: no AbsTopK
-activation_sparsity_locations = "attn_in,attn_q,attn_k,attn_v,attn_out,mlp_in,mlp_neuron,mlp_out"
+activation_sparsity_locations = ",".join(NODE_LOCATIONS)  # any of model.LOCATIONS, by commas
 # weight sparsity
 target_l0_fraction = 1 / 64  # of the entries of every matrix stay nonzero; 1.0 trains dense
 sparsity_anneal_start_fraction = 0.01  # of training; until here the model is dense
@@ -97,7 +71,7 @@ gradient_accumulation_steps = 8  # micro-batches in a step, over all ranks toget
 max_iters = 10000  # updates
 seed = 1337  # of the weights and of the order of the data
 # evaluation, checkpoints, logs
-out_dir = "out"  # ckpt.pt, best.pt, log.jsonl and tokenizer.json are written here
+out_dir = "out"  # ckpt.pt, best.pt, log.jsonl, settings.json and tokenizer.json are written here
 init_from = "scratch"  # or 'resume': out_dir's run goes on; or an out_dir, a checkpoint or the folder of a
 #                        released model, with whose weights a new run begins
 eval_interval = 250  # updates between evaluations, with a checkpoint at each
@@ -113,10 +87,14 @@ wandb_run_name = ""  # '': the last part of out_dir
 device = "auto"  # 'auto', 'cpu', 'cuda', 'cuda:1'; under torchrun each rank takes the GPU of its number
 dtype = "auto"  # of autocast: 'float32', 'bfloat16', 'float16'; 'auto' is float32 on a CPU, else the best
 compile = True  # torch.compile, where there is a compiler for it
+fast_kernels = True  # False: the definitions of model.py run as they stand there, which is slow
 
+DEFAULTS = configurator.settings_of(globals())
 # all of GPTConfig's but vocab_size, which the data decides, and n_head
-MODEL_SETTINGS = [f.name for f in fields(GPTConfig) if f.name in globals()]
-CHANGEABLE = {"dropout", "activation_topk_fraction", "activation_sparsity_locations"}  # in a copy of a model
+MODEL_SETTINGS = [f.name for f in fields(GPTConfig) if f.name in DEFAULTS]
+# what has no parameters: a new run that begins with the weights of a model may set these otherwise
+CHANGEABLE = {"dropout", "activation_topk_fraction", "activation_sparsity_locations"}
+WHERE = {"out_dir", "init_from"}  # of this command alone: a run that goes on does not keep them
 
 # ----------------------------------------------------------------------------------------------------------
 # the method: two schedules and the step
@@ -201,7 +179,7 @@ def training_batch(data, step, micro_step, process):
     rng = np.random.default_rng([seed, step, micro_step])
     starts = rng.integers(len(data.train) - block_size, size=batch_size)
     torch.manual_seed(int(rng.integers(2**62)))
-    return windows(data.train, starts, block_size, process)
+    return runs.windows(data.train, starts, block_size, process)
 
 
 def gradients_of_step(network, data, scaler, step, process):
@@ -243,124 +221,100 @@ def record_of_update(model, step, loss, rms, seconds):
     if due(step, log_every_n_steps):
         record |= {"loss": loss, "lr": lr_at(step), "l0": l0_at(step), "grad_rms": rms,
                    "tokens": (step + 1) * tokens_in_step(), "tokens_per_second": tokens_in_step() / seconds,
-                   "seconds_left": seconds * (max_iters - 1 - step), **activation_statistics(model)}
+                   "seconds_left": seconds * (max_iters - 1 - step), **measures.activation_statistics(model)}
     if due(step, log_weights_every_n_steps):
-        record |= weight_statistics(model)
+        record |= measures.weight_statistics(model)
     if due(step, log_sparsity_every_n_steps):
         record |= {"sparsity/l0": l0_at(step), "sparsity/l0_target": target_l0_fraction,
-                   "sparsity/sharkfin": sharkfin_at(step), **sparsity_statistics(model)}
+                   "sparsity/sharkfin": sharkfin_at(step), **measures.sparsity_statistics(model)}
     return record
 
 
-def save(name, model, optimizer, scaler, step, best, data, log):
-    save_checkpoint(os.path.join(out_dir, name), model, optimizer, scaler, settings=settings_of(globals()),
-                    step=step, best_l0=best[0], best_val_loss=best[1],
-                    tokenizer_sha256=data.meta["tokenizer_sha256"], wandb_id=log.wandb_id)
+@dataclass
+class Run:
+    """A run as it stands, between two updates."""
+
+    process: runs.Process
+    data: runs.Data
+    model: GPT  # neither compiled nor wrapped: what is saved
+    optimizer: torch.optim.Adam
+    scaler: torch.amp.GradScaler
+    step: int = 0  # updates made
+    best: tuple = (1.0, math.inf)  # L0 and val loss of best.pt
+    log: runs.Log | None = None  # the first rank's
+
+    def save(self, name):
+        runs.save_checkpoint(
+            os.path.join(out_dir, name), self.model, self.optimizer, self.scaler, step=self.step,
+            settings=configurator.settings_of(globals()), best_l0=self.best[0], best_val_loss=self.best[1],
+            tokenizer_sha256=self.data.meta["tokenizer_sha256"], wandb_id=self.log.wandb_id)
 
 
-def evaluate_and_save(model, optimizer, scaler, data, process, step, best, log):
-    """What happens at every evaluation. Returns the best (L0, val loss) so far."""
-    check_ranks_agree(model, process, step, out_dir)
-    losses = evaluate(model, data, process, eval_iters, batch_size)
+def evaluate_and_save(run):
+    runs.check_ranks_agree(run.model, run.process, run.step, out_dir)
+    losses = measures.estimate_loss(run.model, run.data, run.process, eval_iters, batch_size)
     if not math.isfinite(losses["val/loss"]):
-        stop(f"at step {step} the val loss is {losses['val/loss']}", out_dir)
-    result = l0_at(max(step - 1, 0)), losses["val/loss"]  # `step` updates were made: the last was step - 1
-    better, best = result < best, min(result, best)  # a lower L0 wins whatever its loss, then the lower loss
-    if process.rank == 0:
-        log.write({"step": step, **losses, "val/best_loss": best[1]})
-        if better:
-            save("best.pt", model, optimizer, scaler, step, best, data, log)
-        save("ckpt.pt", model, optimizer, scaler, step, best, data, log)
-    return best
+        runs.stop(f"at step {run.step} the val loss is {losses['val/loss']}", out_dir)
+    result = l0_at(max(run.step - 1, 0)), losses["val/loss"]  # the last update made was step - 1
+    is_best = result < run.best  # a lower L0 wins whatever its loss, then the lower loss
+    run.best = min(result, run.best)
+    if run.log:
+        run.log.write({"step": run.step, **losses, "val/best_loss": run.best[1]})
+        if is_best:
+            run.save("best.pt")
+        run.save("ckpt.pt")
 
 
-def announce(model, process):
-    n = sum(p.numel() for p in model.parameters())
-    pruned = sum(p.numel() for _, p, _ in model.sparse_parameters() if p.ndim == 2)
-    print(f"{n:,} parameters, {pruned:,} in matrices that are pruned to {target_l0_fraction:.4%} | "
-          f"{max_iters:,} steps of {tokens_in_step():,} tokens | "
-          f"{process.world_size} x {process.device.type}, {process.dtype}", flush=True)
-
-
-def read_back(unread, at_once, process, scaler):
-    """Loss and RMS of the newest update that is read back, and whether to stop; zeros if there is none yet.
-
-    To read makes the CPU wait for the device, so the last update stays unread while the next one begins,
-    unless it is needed `at_once`: to be logged, or as the model may be saved next. Ends the run if a number
-    is not finite.
-    """
-    loss = rms = stopping = 0.0
-    while len(unread) > (0 if at_once or stopping else 1):
-        step, numbers = unread.popleft()
-        loss, rms, stopping = numbers.tolist()
-        loss, rms = loss / process.world_size, rms / process.world_size
-        overflow = not math.isfinite(rms) and scaler.is_enabled()  # of float16: Adam was skipped
-        if not math.isfinite(loss) or not (math.isfinite(rms) or overflow):
-            stop(f"at step {step} the loss is {loss} and the gradients' RMS {rms}", out_dir)
-    return loss, rms, stopping
-
-
-def train(process, data, model, optimizer, scaler, step, best, wandb_id):
-    """Make the updates from `step` on, with all that goes on around them. best: (L0, val loss) so far."""
-    master = process.rank == 0
-    log = Log(out_dir, step, evaluates(step), wandb_id) if master else None
-    if master and wandb_log:
-        log.start_wandb(wandb_project, wandb_run_name, settings_of(globals()))
-    stop_signal = StopSignal()
-    watch_activations(model)
+def train(run):
+    """Make the updates from run.step on, with all that goes on around them."""
+    readings = runs.Readings(run.process, run.scaler, out_dir)
+    measures.watch_activations(run.model)
     if compile:
-        compile_blocks(model, process)
-    network = model
-    if process.world_size > 1:
-        network = DistributedDataParallel(model, [process.device] if process.device.type == "cuda" else None)
-    seconds, updates, unread = 0.0, 0, deque()  # the first two since they were last logged
-    if master:
-        announce(model, process)
-
+        runs.compile_blocks(run.model, run.process)
+    network = runs.distributed(run.model, run.process)
+    seconds, updates = 0.0, 0  # since they were last logged
     while True:
-        if evaluates(step):
-            best = evaluate_and_save(model, optimizer, scaler, data, process, step, best, log)
-        if step == max_iters:
+        if evaluates(run.step):
+            evaluate_and_save(run)
+        if run.step == max_iters:
             break
 
-        begun, record = time.perf_counter(), {}
-        loss = gradients_of_step(network, data, scaler, step, process)
-        if master and due(step, log_gradients_every_n_steps):
-            record |= gradient_statistics(model, scaler.get_scale())
-        rms = update_(model, optimizer, scaler, step)
-        # All ranks come here: what needs them all is summed in this one message. With the stop signal as a
-        # number in it, they stop after the same step.
-        unread.append((step, process.sum(loss, rms, float(stop_signal.received is not None))))
-        at_once = due(step, log_every_n_steps) or evaluates(step + 1)
-        loss, rms, stopping = read_back(unread, at_once, process, scaler)
+        step, record, stopping, begun = run.step, {}, False, time.perf_counter()
+        loss = gradients_of_step(network, run.data, run.scaler, step, run.process)
+        if run.log and due(step, log_gradients_every_n_steps):
+            record |= measures.gradient_statistics(run.model, run.scaler.get_scale())
+        rms = update_(run.model, run.optimizer, run.scaler, step)
+        run.step += 1
+
+        # on a GPU all this is only under way: to read a number waits for it. Before an evaluation all are
+        # read, as a checkpoint follows; and all ranks come here at the same steps
+        readings.add(step, loss, rms)
+        if readings.are_due() or due(step, log_every_n_steps) or evaluates(run.step):
+            loss, rms, stopping = readings.read()
         seconds, updates = seconds + time.perf_counter() - begun, updates + 1
 
-        if master:
-            record |= record_of_update(model, step, loss, rms, seconds / updates)
+        if run.log:
+            record |= record_of_update(run.model, step, loss, rms, seconds / updates)
         if record:
-            log.write({"step": step, **record})
+            run.log.write({"step": step, **record})
         if due(step, log_every_n_steps):
             seconds, updates = 0.0, 0
-        step += 1
 
         if stopping:
-            check_ranks_agree(model, process, step, out_dir)
-            if master:
-                save("ckpt.pt", model, optimizer, scaler, step, best, data, log)
-                print(f"stopped before step {step}; go on with: {resume_command()}", flush=True)
+            runs.check_ranks_agree(run.model, run.process, run.step, out_dir)
+            if run.log:
+                run.save("ckpt.pt")
+                print(f"stopped before step {run.step}; go on with: {runs.resume_command()}", flush=True)
             break
-
-    if master:
-        log.close()
 
 
 # ----------------------------------------------------------------------------------------------------------
 # the start
 
 
-def check_settings(world_size):
+def check_training(world_size):
     """End the script if the settings cannot make a run, whatever the model and the data."""
-    check_rules(globals(), (
+    configurator.check_rules(globals(), (
         ("batch_size gradient_accumulation_steps max_iters eval_interval eval_iters",
          lambda v: v >= 1, "must be at least 1"),
         ("sparsity_anneal_start_fraction sparsity_anneal_end_fraction warmup_fraction",
@@ -418,50 +372,64 @@ def rates_after(step):
     return f"L0 {l0_at(last):.4g}, lr {lr_at(last):.2e}"
 
 
-@memory_errors_explained()
+def begin(run, checkpoint, before):
+    """What the first rank does at the start: out_dir, the log, and what is printed.
+
+    `before` says where the schedules of the `checkpoint` stood, if the run goes on from one.
+    """
+    if not checkpoint:
+        runs.start_out_dir(out_dir, run.data.tokenizer)
+    elif changed := configurator.difference(globals(), checkpoint["settings"], but=WHERE):
+        kept = runs.keep_finished(out_dir, checkpoint, max_iters)
+        print(f"changed since the checkpoint: {changed} ({before} -> {rates_after(run.step)}){kept}")
+    run.log = runs.Log(out_dir, run.step, evaluates(run.step), checkpoint and checkpoint.get("wandb_id"))
+    if wandb_log:
+        run.log.start_wandb(wandb_project, wandb_run_name, configurator.settings_of(globals()))
+    runs.write_settings(out_dir, configurator.settings_of(globals()), run.process)
+    print(f"settings that are not the defaults: {configurator.difference(globals(), DEFAULTS) or 'none'}")
+    n = sum(p.numel() for p in run.model.parameters())
+    pruned = sum(p.numel() for _, p, _ in run.model.sparse_parameters() if p.ndim == 2)
+    print(f"{n:,} parameters, {pruned:,} in matrices that are pruned to {target_l0_fraction:.4%} | "
+          f"{max_iters:,} steps of {tokens_in_step():,} tokens | "
+          f"{run.process.world_size} x {run.process.device.type}, {run.process.dtype}", flush=True)
+
+
+@runs.memory_errors_explained()
 def main():
-    given = configure(globals())
-    checkpoint, model, adopted = None, None, {}
-    if init_from == "resume":  # with the settings of the run, but for those that are given now
-        checkpoint = load_checkpoint(os.path.join(out_dir, "ckpt.pt"))
-        model, tokenizer_path = model_of(checkpoint), tokenizer_in(out_dir)
-        known = settings_of(globals()).keys() - {"out_dir", "init_from"}
-        adopted = {k: v for k, v in checkpoint["settings"].items() if k in known}
+    given = configurator.configure(globals())
+    checkpoint, start, earlier = None, None, {}  # earlier: settings to go on with, but for those given now
+    if init_from == "resume":
+        checkpoint = runs.load_checkpoint(os.path.join(out_dir, "ckpt.pt"))
+        start, tokenizer_path = runs.model_of(checkpoint), tokenizer_in(out_dir)
+        earlier = {name: value for name, value in checkpoint["settings"].items() if name not in WHERE}
     elif init_from != "scratch":
-        model, tokenizer_path = load_start(init_from)
-        adopted = {name: getattr(model.config, name) for name in MODEL_SETTINGS}
-    # the last wins: the defaults, then what the checkpoint or the model has, then what is given now
-    changed = {k: globals()[k] for k in sorted(given & adopted.keys()) if globals()[k] != adopted[k]}
-    globals().update(adopted)
-    before = rates_after(checkpoint["step"]) if checkpoint else ""  # by the checkpoint's schedules
-    globals().update(changed)
-    process = this_process(device, dtype)
-    check_settings(process.world_size)
-    data = load_data(os.path.join("data", dataset), block_size)
+        start, tokenizer_path = runs.load_start(init_from)
+        earlier = {name: getattr(start.config, name) for name in MODEL_SETTINGS}
+    before = configurator.adopt(globals(), earlier, given,
+                                lambda: rates_after(checkpoint["step"]) if checkpoint else "")
+    kernels.enabled = fast_kernels
+    process = runs.this_process(device, dtype)
+    check_training(process.world_size)
+    data = runs.load_data(os.path.join("data", dataset), block_size)
     torch.manual_seed(seed)  # for the weights
-    if model:
-        check_tokenizer(model, tokenizer_path, data.meta)
-    model = build_model(model, data.meta["vocab_size"], given).to(process.device)
-    optimizer = build_optimizer(model)
+    if start:
+        runs.check_tokenizer(start, tokenizer_path, data.meta)
+    model = build_model(start, data.meta["vocab_size"], given).to(process.device)
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
-    step, best = 0, (1.0, math.inf)
+    run = Run(process, data, model, build_optimizer(model), scaler)
     if checkpoint:
-        # Adam's moments come back; its betas and eps are those of the settings, which may have changed
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
-        if scaler.is_enabled() and checkpoint["scaler"]:
-            scaler.load_state_dict(checkpoint["scaler"])
-        step, best = checkpoint["step"], (checkpoint["best_l0"], checkpoint["best_val_loss"])
-        if step > max_iters:
-            fail(f"max_iters={max_iters} is less than the {step} updates that this run has made: raise it")
-    with claim_out_dir(out_dir) if process.rank == 0 else nullcontext():
-        if process.rank == 0 and not checkpoint:
-            start_out_dir(out_dir, data.tokenizer)
-        elif process.rank == 0 and changed:
-            print("changed since the checkpoint:", ", ".join(f"{k}={v!r}" for k, v in changed.items()),
-                  f"({before} -> {rates_after(step)}){keep_finished(out_dir, checkpoint, max_iters)}")
-        wandb_id = checkpoint.get("wandb_id") if checkpoint else None
-        checkpoint = None  # it takes three times the memory of the model
-        train(process, data, model, optimizer, scaler, step, best, wandb_id)
+        runs.restore_(checkpoint, model, run.optimizer, scaler)
+        run.step, run.best = checkpoint["step"], (checkpoint["best_l0"], checkpoint["best_val_loss"])
+        if run.step > max_iters:
+            fail(f"max_iters={max_iters} is less than the {run.step} updates that this run has made: raise "
+                 "it")
+    with runs.claim_out_dir(out_dir) if process.rank == 0 else nullcontext():
+        if process.rank == 0:
+            begin(run, checkpoint, before)
+        checkpoint = start = None  # it takes three times the memory of the model
+        train(run)
+    if run.log:
+        run.log.close()
     if dist.is_initialized():
         dist.destroy_process_group()
 

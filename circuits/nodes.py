@@ -5,14 +5,11 @@ through forward hooks on the modules that `GPT.sites` lists: there is no forward
 """
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from inspect import unwrap
 
 import torch
 import torch.nn.functional as F
 
-from model import LOCATIONS, sink_attention
-
-NODE_SITES = LOCATIONS[:8]
+from model import NODE_LOCATIONS, attention_weights
 
 
 @dataclass
@@ -53,7 +50,7 @@ class Contexts:
 def node_sites(model):
     """The modules whose outputs are nodes: name, such as 0.attn.attn_in -> module, in forward order."""
     names = {module: name.removeprefix("transformer.h.") for name, module in model.named_modules()}
-    return {names[module]: module for location, module in model.sites() if location in NODE_SITES}
+    return {names[module]: module for location, module in model.sites() if location in NODE_LOCATIONS}
 
 
 @contextmanager
@@ -159,8 +156,7 @@ class Nodes:
             n, T = batch.idx.shape
             q, k = (seen[f"{block}.attn.attn_{part}"].view(n, T, attn.n_head, attn.d_head).transpose(1, 2)
                     for part in "qk")
-            # with the identity for values, what attention puts out are its weights
-            weights = unwrap(sink_attention)(q, k, torch.eye(T, device=self.device), attn.sink_logit, 0.0)
+            weights = attention_weights(q, k, attn.sink_logit)
             parts.append(weights[torch.arange(n, device=self.device), :, batch.last])
         return torch.cat(parts)
 

@@ -12,19 +12,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import replace
-from inspect import unwrap
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import kernels
 import measures
+import model as architecture
 import train
 from configurator import configure, fail
 from kernels import use_sparse_linears_
-from model import GPT, AbsTopK, GPTConfig, abs_topk, keep_survivors_, score, sink_attention
-from runs import Data, compile_blocks, this_process
+from model import GPT, AbsTopK, GPTConfig, sink_attention
+from runs import Data, compile_blocks, name_of_device, this_process
 
 only = ""  # measure the rows whose name contains this; '': all
 device = "auto"
@@ -108,12 +110,37 @@ def causal_attention(q, k, v, sink_logit, dropout_p):
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=q.size(2) > 1)
 
 
+@contextmanager
+def replaced(module, name, value):
+    """Within it, a function or a setting of a module is another."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def by_definition(f):
+    """`f` with the definitions of model.py and nothing that is faster."""
+    def run(*arguments):
+        with replaced(kernels, "enabled", False):
+            return f(*arguments)
+
+    return run
+
+
+ATTENTION = {"ours": sink_attention, "dense": causal_attention, "plain": masked_sink_attention}
+
+
+def attention_of(kind):
+    """Within it, models attend as one of this kind does: ours, dense or plain."""
+    return replaced(architecture, "sink_attention", ATTENTION[kind])
+
+
 def dense_twin(config):
-    """A GPT of the same shapes with nothing sparse, and no sink."""
-    model = GPT(replace(config, activation_topk_fraction=1.0, use_attention_sinks=False))
-    for block in model.transformer.h:
-        block.attn.attend = causal_attention
-    return model
+    """A GPT of the same shapes with nothing sparse, and no sink: to be run with the dense attention."""
+    return GPT(replace(config, activation_topk_fraction=1.0, use_attention_sinks=False))
 
 
 def step_runner(config, batch, process, kind):
@@ -137,7 +164,8 @@ def step_runner(config, batch, process, kind):
 
     def step():
         i = next(steps)
-        train.gradients_of_step(model, data, scaler, i, process)
+        with attention_of(kind):
+            train.gradients_of_step(model, data, scaler, i, process)
         train.update_(model, optimizer, scaler, i)
 
     return step, model
@@ -145,7 +173,6 @@ def step_runner(config, batch, process, kind):
 
 def replace_by_plain(model):
     for block in model.transformer.h:
-        block.attn.attend = masked_sink_attention
         for part in (block.attn, block.mlp):
             for name, child in list(part.named_children()):
                 if isinstance(child, AbsTopK):
@@ -176,7 +203,7 @@ def bench_abs_topk(process):
         dy = torch.randn_like(x)
         ours, plain, definition, copy = (
             seconds(lambda f=f, x=x, dy=dy: torch.autograd.grad(f(x), x, dy), process)
-            for f in (AbsTopK(n // 4), PlainAbsTopK(n // 4), lambda x, k=n // 4: unwrap(abs_topk)(x, k),
+            for f in (AbsTopK(n // 4), PlainAbsTopK(n // 4), by_definition(AbsTopK(n // 4)),
                       lambda x: x * 1.0))
         row(f"AbsTopK forward + backward, 16384 x {n}", ours, ("topk + scatter", plain),
             ("definition", definition), ("x * 1.0", copy))
@@ -196,13 +223,6 @@ def seconds_to_prune(model, prune, process):
     return seconds(run, process) - seconds(copy, process)
 
 
-def prune_by_definition_(model, l0_fraction):
-    with torch.no_grad():
-        for _, p, neuron_dim in model.sparse_parameters():
-            j = 0 if neuron_dim is None else 4
-            unwrap(keep_survivors_)([(p, max(1, int(l0_fraction * p.numel())), j, neuron_dim)], score)
-
-
 def bench_prune(process):
     model = GPT(DEFAULT).to(process.device)
     row("prune of the default model", seconds_to_prune(model, GPT.prune_, process),
@@ -212,7 +232,7 @@ def bench_prune(process):
     model = GPT(config).to(process.device)
     row(f"prune, of the step at d_model {config.d_model}", seconds_to_prune(model, GPT.prune_, process),
         ("step", seconds(step, process)),
-        ("definition", seconds_to_prune(model, prune_by_definition_, process)))
+        ("definition", seconds_to_prune(model, by_definition(GPT.prune_), process)))
 
 
 def bench_attention(process):
@@ -225,7 +245,7 @@ def bench_attention(process):
         inputs = [t.requires_grad_() for t in (q, k, v, torch.zeros(32, device=process.device))]
         dy = torch.randn_like(q)
         ours, plain, masked, definition = (time_of(f, inputs, dy) for f in (
-            sink_attention, causal_attention, masked_sink_attention, unwrap(sink_attention)))
+            sink_attention, causal_attention, masked_sink_attention, by_definition(sink_attention)))
         row(f"sink attention, d_head 16, T {T}", ours, ("plain causal", plain), ("dense mask", masked),
             ("definition", definition))
         if compile:
@@ -285,7 +305,8 @@ def bench_sampling(process):
         if process.device.type == "cpu":
             use_sparse_linears_(model)
         ours = seconds(lambda: write(model), process, at_a_time=1) / n
-        dense = seconds(lambda: write(twin), process, at_a_time=1) / n
+        with attention_of("dense"):
+            dense = seconds(lambda: write(twin), process, at_a_time=1) / n
     row(f"sampling, a token of a window of {n + 1}", ours, ("recompute", again),
         ("dense twin, cached", dense))
 
@@ -301,11 +322,11 @@ def bench_profile(process):
                 step()
             torch.cuda.synchronize()
             wall = 1e6 * (time.perf_counter() - begun)
-        kernels = [k for k in profiler.key_averages() if k.self_device_time_total > 0]
-        busy = sum(k.self_device_time_total for k in kernels)
+        launched = [k for k in profiler.key_averages() if k.self_device_time_total > 0]
+        busy = sum(k.self_device_time_total for k in launched)
         print(f"{kind}: {wall / 1e4:.2f} ms a step, {1 - busy / wall:.1%} idle, "
-              f"{sum(k.count for k in kernels) / 10:.0f} kernels and copies")
-        for k in sorted(kernels, key=lambda k: -k.self_device_time_total)[:20]:
+              f"{sum(k.count for k in launched) / 10:.0f} kernels and copies")
+        for k in sorted(launched, key=lambda k: -k.self_device_time_total)[:20]:
             print(f"{k.self_device_time_total / 1e4:8.3f} ms {k.count / 10:6.1f} x {k.key[:80]}")
 
 
@@ -357,9 +378,8 @@ def main():
     if repeats < 1:
         fail(f"repeats={repeats} must be at least 1")
     process = this_process(device, dtype)
-    name = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else "CPU"
-    print(f"{name}, {torch.get_num_threads()} threads, {process.dtype}, torch {torch.__version__}, "
-          f"numpy {np.__version__}; median of {repeats}")
+    print(f"{name_of_device(process.device)}, {torch.get_num_threads()} threads, {process.dtype}, "
+          f"torch {torch.__version__}, numpy {np.__version__}; median of {repeats}")
     for bench in (bench_step, bench_abs_topk, bench_prune, bench_attention, bench_statistics, bench_sampling,
                   bench_profile, bench_prepare, bench_memory, bench_first_step):
         if only in bench.__name__:

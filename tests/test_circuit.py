@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import circuit
-from circuits import picture, sceptic
+from circuits import controls as asked
+from circuits import picture
 from circuits.nodes import Contexts, Nodes, count, means_over, node_sites, survival
 from conftest import read
 from model import GPT, GPTConfig
@@ -206,9 +207,9 @@ def test_random_order_leaves_the_last_token_where_it_is():
         nodes = nodes_of(model)
         one, other = (nodes.judge(c, torch.ones(nodes.number)) for c in (contexts, mixed))
         assert torch.allclose(one, other, atol=1e-4) == (layers == 1)
-        found = sceptic.baselines(nodes, contexts.idx.flatten().numpy(), contexts, 0)
+        found = asked.baselines(nodes, contexts.idx.flatten().numpy(), contexts, 0)
         assert (found["whole"]["loss"], found["random_order"]["loss"]) == (
-            sceptic.result(one)["loss"], sceptic.result(other)["loss"])
+            asked.result(one)["loss"], asked.result(other)["loss"])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -262,11 +263,11 @@ def test_a_known_circuit_is_found_exactly(known, monkeypatch):
     gates = runs[0]["gates"]
     assert torch.equal(gates, gates_of(nodes, KNOWN))
     assert (count(nodes, gates)["nodes"], count(nodes, gates)["edges"]) == (5, 3)
-    assert sceptic.result(nodes.judge(judging, gates))["accuracy"] == 1
-    assert sceptic.result(nodes.judge(judging, 1 - gates))["accuracy"] < 0.65
-    random, _ = sceptic.random_draws(nodes, gates, judging, 0)
+    assert asked.result(nodes.judge(judging, gates))["accuracy"] == 1
+    assert asked.result(nodes.judge(judging, 1 - gates))["accuracy"] < 0.65
+    random, _ = asked.random_draws(nodes, gates, judging, 0)
     assert min(draw["loss"] for draw in random) > 0.5
-    key, value = sceptic.interventions(nodes, gates, judging)
+    key, value = asked.interventions(nodes, gates, judging)
     assert (key["site"], value["site"], value["channels"]) == ("0.attn.attn_k", "0.attn.attn_v", [0])
     assert key["attention"] > 0.9 and key["attention_removed"] < 0.3
     assert value["reversed_in_circuit"]["accuracy"] < 0.1  # it answers the other way round
@@ -284,13 +285,13 @@ def test_masks_learned_together_are_those_learned_alone(known, monkeypatch):
     assert not torch.allclose(together[0], together[2])
 
 
-@pytest.mark.parametrize("destroy", [sceptic.drawn_anew, sceptic.shuffled_weights])
+@pytest.mark.parametrize("destroy", [asked.drawn_anew, asked.shuffled_weights])
 def test_a_destroyed_model_has_no_circuit(known, destroy, monkeypatch):
     """No seed reaches the target when the weights are drawn anew, or shuffled within their matrices."""
     before = {name: p.clone() for name, p in known.named_parameters()}
     other = destroy(known, seed=3)
     assert all(torch.equal(p, before[name]) for name, p in known.named_parameters())
-    if destroy is sceptic.shuffled_weights:
+    if destroy is asked.shuffled_weights:
         for name, p, _ in other.sparse_parameters():
             assert torch.equal(p.flatten().sort().values, before[name].flatten().sort().values)
     _, runs = found_in(other, monkeypatch)
@@ -299,7 +300,7 @@ def test_a_destroyed_model_has_no_circuit(known, destroy, monkeypatch):
 
 def test_shuffled_labels_have_no_circuit(known, monkeypatch):
     """No seed reaches the target when right and wrong are drawn by lot."""
-    contexts = [sceptic.shuffled_labels(c, 5) for c in (some_contexts(512), some_contexts(64, seed=1))]
+    contexts = [asked.shuffled_labels(c, 5) for c in (some_contexts(512), some_contexts(64, seed=1))]
     _, runs = found_in(known, monkeypatch, contexts)
     assert [found["nodes"] for found in runs] == [None] * 2
 
@@ -312,7 +313,7 @@ def test_the_last_token_alone_is_counted_with_both_answers_as_frequent():
     """0 is followed by 5 twice and by 6 once, but 6 is twice as frequent in all."""
     train = np.array([0, 5, 0, 5, 1, 6, 1, 6, 1, 6, 0, 6])
     contexts = Contexts(torch.tensor([[0], [1]]), torch.tensor([0, 0]), torch.tensor([[5, 6], [5, 6]]))
-    share = sceptic.last_token_alone(train, contexts).softmax(-1)
+    share = asked.last_token_alone(train, contexts).softmax(-1)
     np.testing.assert_allclose(share[0], [1 / 1.25, 0.25 / 1.25], atol=1e-4)
     assert share[1, 0] < 1e-4
 
@@ -320,42 +321,42 @@ def test_the_last_token_alone_is_counted_with_both_answers_as_frequent():
 def test_a_fit_undoes_a_shift(known):
     """A model that always prefers X is right once the shift is fitted; one that is right stays modest."""
     nodes, contexts = nodes_of(known), some_contexts(200)
-    sure = sceptic.fitted(nodes, torch.ones(nodes.number), contexts[:20], contexts)
+    sure = asked.fitted(nodes, torch.ones(nodes.number), contexts[:20], contexts)
     assert sure["accuracy"] == 1 and 0.03 < sure["loss"] < 0.15
     known.bigram_table[E, X] = 30.0
     ones = torch.ones(nodes.number)
-    assert sceptic.result(nodes.judge(contexts, ones))["accuracy"] < 0.6
-    assert sceptic.fitted(nodes, ones, contexts, contexts)["accuracy"] > 0.95
+    assert asked.result(nodes.judge(contexts, ones))["accuracy"] < 0.6
+    assert asked.fitted(nodes, ones, contexts, contexts)["accuracy"] > 0.95
 
 
 def test_random_draws_have_as_many_nodes_at_every_site(known):
     """All of them among those that are ever active."""
     nodes = nodes_of(known)
-    drawn = sceptic.random_like(nodes, gates_of(nodes, KNOWN), torch.Generator().manual_seed(0))
+    drawn = asked.random_like(nodes, gates_of(nodes, KNOWN), torch.Generator().manual_seed(0))
     assert {n: len(c) for n, c in nodes.kept(drawn).items()} == {n: len(c) for n, c in KNOWN.items()}
     assert all(nodes.means[name][c] != 0 for name, channels in nodes.kept(drawn).items() for c in channels)
 
 
 def test_a_faithful_circuit_agrees_with_the_whole_model(known):
     """In what it answers, right or wrong, and what its one head attends to; an empty circuit does not."""
-    nodes, contexts = nodes_of(known), sceptic.shuffled_labels(some_contexts(100), 0)
+    nodes, contexts = nodes_of(known), asked.shuffled_labels(some_contexts(100), 0)
     gates = gates_of(nodes, KNOWN)
-    same = sceptic.faithfulness(nodes, gates, contexts, 0)
+    same = asked.faithfulness(nodes, gates, contexts, 0)
     assert same["same_answer"] == 1 and same["correlation"] > 0.9
     head = same["attention"]["0.0"]
     assert list(same["attention"]) == ["0.0"]
     assert head["whole"] > 0.9 and head["circuit"] > 0.9 and head["same"] > 0.9
-    nothing = sceptic.agreement(nodes, 0 * gates, contexts)
+    nothing = asked.agreement(nodes, 0 * gates, contexts)
     assert nothing == pytest.approx({"same_answer": 0.5, "correlation": 0}, abs=0.01)
     some = (torch.rand(nodes.number, generator=torch.Generator().manual_seed(2)) < 0.7).float()
     prefer_x = [np.array([right - other if answers[0] == X else other - right for (right, other), answers in
                           zip(nodes.judge(contexts, g).tolist(), contexts.answers.tolist(), strict=True)])
                 for g in (torch.ones(nodes.number), some)]
-    assert sceptic.agreement(nodes, some, contexts) == pytest.approx(
+    assert asked.agreement(nodes, some, contexts) == pytest.approx(
         {"same_answer": np.mean((prefer_x[0] > 0) == (prefer_x[1] > 0)),
          "correlation": np.corrcoef(prefer_x)[0, 1]}, abs=1e-4)
     gates[nodes.split(torch.arange(nodes.number))["0.attn.attn_k"][0]] = 0
-    head = sceptic.attention_kept(nodes, gates, contexts)["0.0"]
+    head = asked.attention_kept(nodes, gates, contexts)["0.0"]
     assert head["whole"] > 0.9 and head["circuit"] < 0.3 and head["same"] < 0.4
 
 
@@ -364,7 +365,7 @@ def test_nodes_of_a_head_are_removed_one_by_one_and_together(known):
     nodes = nodes_of(known)
     gates = gates_of(nodes, {"0.attn.attn_k": [0, 1, 5], "0.attn.attn_v": [4], "0.mlp.mlp_neuron": [0, 1]})
     assert nodes.kept_heads(gates) == [(0, 0), (0, 2)]
-    found = [(r["site"][-1], r["channels"]) for r in sceptic.interventions(nodes, gates, some_contexts(4))]
+    found = [(r["site"][-1], r["channels"]) for r in asked.interventions(nodes, gates, some_contexts(4))]
     assert found == [("k", [0]), ("k", [1]), ("k", [5]), ("k", [0, 1]), ("v", [4]), ("n", [0]), ("n", [1])]
 
 

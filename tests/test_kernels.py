@@ -5,7 +5,6 @@ run in its interpreter, where it is installed: TRITON_INTERPRET=1 pytest -k trit
 import dataclasses
 import multiprocessing
 import os
-from inspect import unwrap
 
 import pytest
 import torch
@@ -16,7 +15,16 @@ import kernels
 import runs
 from conftest import finish, launch, read
 from kernels import SparseLinear, keep_largest, use_sparse_linears_, zero_where_not
-from model import GPT, GPTConfig, abs_topk, keep_survivors_, largest, score, sink_attention
+from model import (
+    GPT,
+    GPTConfig,
+    abs_topk,
+    attention_weights,
+    keep_survivors_,
+    largest,
+    sink_attention,
+    weight_score,
+)
 from test_sparsity import (
     CPU,
     DTYPES,
@@ -36,6 +44,17 @@ from test_sparsity import (
     tiny_model,
 )
 
+
+def plainly(definition):
+    """The function that runs a definition of model.py itself, without what is faster."""
+    def run_it(*arguments, **keywords):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "enabled", False)
+            return definition(*arguments, **keywords)
+
+    return run_it
+
+
 # ----------------------------------------------------------------------------------------------------------
 # AbsTopK and the prune on a CPU
 
@@ -48,7 +67,7 @@ def test_both_versions_choose_the_same_entries(table, dtype, data):
     k = data.draw(st.integers(1, x.size(1)))
     expected, (kept, mask) = plain_mask(x, k), keep_largest(x, k)
     assert torch.equal(mask, expected) and torch.equal(largest(x.abs(), k), expected)
-    assert torch.equal(kept, plain_abs_topk(x, k)) and torch.equal(unwrap(abs_topk)(x, k), kept)
+    assert torch.equal(kept, plain_abs_topk(x, k)) and torch.equal(plainly(abs_topk)(x, k), kept)
     assert torch.equal(zero_where_not(expected, x), kept)
 
 
@@ -78,17 +97,17 @@ def test_both_versions_prune_alike(table, dtype, data):
     floor = j * p.size(neuron_dim) if j else 1
     k = data.draw(st.integers(floor, p.numel()))
     expected = torch.from_numpy(plain_prune(p.double().numpy(), k, neuron_dim, j)).to(dtype)
-    for version in (keep_survivors_, unwrap(keep_survivors_)):
+    for version in (keep_survivors_, plainly(keep_survivors_)):
         pruned = p.clone()
-        version([(pruned, k, j, neuron_dim)], score)
+        version([(pruned, k, j, neuron_dim)], weight_score)
         assert torch.equal(pruned, expected), version
 
 
 def test_any_number_of_equals_is_pruned_lower_index_first():
     """Of 70,000 equal scores exactly the first k survive, in both versions."""
-    for version in (keep_survivors_, unwrap(keep_survivors_)):
+    for version in (keep_survivors_, plainly(keep_survivors_)):
         p = torch.ones(2, 35_000)
-        version([(p, 69_000, 0, None)], score)
+        version([(p, 69_000, 0, None)], weight_score)
         assert p.flatten()[:69_000].all() and not p.flatten()[69_000:].any()
 
 
@@ -99,7 +118,7 @@ def test_the_prune_takes_any_score():
     stored = torch.rand(60, 80, generator=g).round(decimals=1)
     for other in (lambda p: stored, lambda p: stored * p.abs(), lambda p: p.abs() + abs_topk(p, 4).abs()):
         before, pruned = stored.clone(), []
-        for version in (keep_survivors_, unwrap(keep_survivors_)):
+        for version in (keep_survivors_, plainly(keep_survivors_)):
             pair = [(p.clone(), 1000, 4, 0), (q.clone(), 700, 3, 1), (q.clone(), 0, 0, None)]
             version(pair, other)
             pruned.append(pair)
@@ -108,19 +127,57 @@ def test_the_prune_takes_any_score():
             assert torch.equal(fast, plain) and fast.count_nonzero() == k
 
 
-def test_a_fast_version_takes_what_its_definition_takes():
-    """Arguments by name too; and where it does not apply, the definition runs."""
-    x = torch.randn(3, 8)
-    assert torch.equal(abs_topk(x=x, k=2), unwrap(abs_topk)(x, k=2))
+def no_kernel(*arguments):
+    pytest.fail("a kernel ran")
+
+
+KERNELS = ("abs_topk", "sink_attention", "keep_survivors_")
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_definition_runs_itself_where_kernels_are_off(name, monkeypatch):
+    """With kernels.enabled a step of a model calls the faster version of each definition; without, none."""
     calls = []
+    monkeypatch.setattr(kernels, name, lambda *arguments: calls.append(name) or plain(*arguments))
+    plain = plainly({"abs_topk": abs_topk, "sink_attention": sink_attention,
+                     "keep_survivors_": keep_survivors_}[name])
+    for enabled in (True, False):
+        monkeypatch.setattr(kernels, "enabled", enabled)
+        calls.clear()
+        model = tiny_model()
+        model(some_tokens(2, 4))
+        model.prune_(0.5)
+        assert (name in calls) == enabled
 
-    @kernels.hands_over_to(lambda x: NotImplemented if x < 0 else "fast")
-    def definition(x):
-        calls.append(x)
-        return "plain"
 
-    assert [definition(x) for x in (1, -1)] == ["fast", "plain"] and calls == [-1]
-    assert unwrap(definition)(1) == "plain" and definition.__name__ == "definition"
+def test_kernels_on_or_off_a_compiled_model_computes_the_same(monkeypatch):
+    """torch.compile notices that they are switched, and neither is a graph break."""
+    x = torch.randn(3, 8)
+    q, k, v = torch.randn(3, 2, 2, 6, 4)
+
+    def both(x, q, k, v):
+        return abs_topk(x, 2), sink_attention(q, k, v, torch.zeros(2), 0.0)
+
+    compiled = torch.compile(both, backend="eager", fullgraph=True)
+    for enabled in (True, False, True):
+        monkeypatch.setattr(kernels, "enabled", enabled)
+        kept, y = compiled(x, q, k, v)
+        assert torch.equal(kept, both(x, q, k, v)[0])
+        assert_close(y, plainly(sink_attention)(q, k, v, torch.zeros(2), 0.0), 1e-5)
+    monkeypatch.setattr(kernels, "enabled", False)
+    monkeypatch.setattr(kernels, "keep_largest", no_kernel)
+    compiled(x, q, k, v)
+
+
+def test_attention_weights_are_those_of_the_softmax_with_a_sink():
+    """With the identity for values attention puts out its weights; their rest goes to the sink."""
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 3, n, 4, generator=g, dtype=torch.float64) for n in (4, 6))
+    b = torch.randn(3, generator=g, dtype=torch.float64)
+    weights = attention_weights(q, k, b)
+    assert weights.shape == (2, 3, 4, 6)
+    assert_close(weights, plain_heads(q, k, torch.eye(6).double().expand(2, 3, 6, 6), b), 1e-9)
+    assert (weights.sum(-1) < 1).all() and not weights.triu(3).any()
 
 
 def test_prune_without_a_cpu():
@@ -165,7 +222,7 @@ def test_prune_works_in_a_forked_process():
 
 
 @pytest.mark.parametrize("attend", [
-    sink_attention, unwrap(sink_attention), kernels.attention_with_a_key_more,
+    sink_attention, plainly(sink_attention), kernels.attention_with_a_key_more,
 ], ids=["fused", "definition", "a key more"])
 def test_attention_with_a_sink_does_not_depend_on_strides(attend):
     """Views whose last dimension is not the innermost, as a sparse product makes, give what copies give."""
@@ -188,7 +245,7 @@ def test_a_key_more_is_a_sink(b):
     inputs = [torch.randn(2, 3, 6, 4, generator=g).double().requires_grad_() for _ in range(3)]
     sinks, dy = torch.full((3,), b, dtype=torch.float64), torch.randn(2, 3, 6, 4, generator=g).double()
     results = []
-    for attend in (kernels.attention_with_a_key_more, unwrap(sink_attention)):
+    for attend in (kernels.attention_with_a_key_more, plainly(sink_attention)):
         y = attend(*inputs, sinks, 0.0)
         results.append((y.detach(), *torch.autograd.grad(y, inputs, dy)))
     for found, expected in zip(*results):
@@ -281,10 +338,10 @@ def assert_prunes_as_defined(tensors, score, device):
     import kernels_triton
 
     pruned = [(p.to(device, copy=True), *how) for p, *how in tensors]
-    kernels_triton.keep_survivors_(pruned, score)
+    kernels_triton.keep_survivors_(pruned, weight_score)
     for (p, *_), (plain, *how) in zip(pruned, tensors, strict=True):
         expected = plain.to(device, copy=True)
-        unwrap(keep_survivors_)([(expected, *how)], score)
+        plainly(keep_survivors_)([(expected, *how)], weight_score)
         assert torch.equal(p, expected), (p.shape, how)
 
 
@@ -293,7 +350,7 @@ def test_triton_prunes_as_defined(triton_device, width, sample, monkeypatch):
     """Many tensors at once, whose rows are aligned or not; also where a sample says, rightly or wrongly,
     which weights may be the last to survive."""
     monkeypatch.setattr("kernels_triton.SAMPLE", sample)
-    assert_prunes_as_defined(to_prune(width), score, triton_device)
+    assert_prunes_as_defined(to_prune(width), weight_score, triton_device)
 
 
 @pytest.mark.parametrize("low, high", [(0.0, 1e-45), (0.5, 2.0), (1e30, 1e31), (100.0, 150.00002)])
@@ -309,7 +366,7 @@ def test_triton_survives_a_wrong_guess(triton_device, low, high, monkeypatch):
     monkeypatch.setattr("kernels_triton.SAMPLE", 64)
     p = torch.cat([torch.arange(150.0, 201.0), torch.arange(150.0)])  # 50 are larger than the first
     tensors = [(p, 50, 0, None), (torch.arange(240.0) % 4, 150, 0, None), *to_prune(25)[::5]]
-    assert_prunes_as_defined(tensors, score, triton_device)
+    assert_prunes_as_defined(tensors, weight_score, triton_device)
 
 
 def test_triton_prunes_by_any_score(triton_device, monkeypatch):

@@ -5,6 +5,7 @@ in processes of their own in test_processes.py.
 import errno
 import fcntl
 import io
+import json
 import math
 import os
 import resource
@@ -140,6 +141,43 @@ def test_the_log_is_json_whatever_is_measured(tmp_path):
     log.write({"step": 3, "gradients/norm_max": math.inf, "a": math.nan, "b": 1})
     with open(tmp_path / "log.jsonl") as f:
         assert f.read() == '{"step": 3, "gradients/norm_max": null, "a": null, "b": 1}\n'
+
+
+@pytest.mark.parametrize("text", ["", '{"step": 1, "loss": 2.5}\n',
+                                  '{"step": 1}\n{"step": 2}\n{"step": 3, "lo',
+                                  '{"step": 1}\n{"step": 2}'])
+def test_a_log_is_read_without_the_line_that_was_torn(tmp_path, text):
+    """All whole lines are records; what a killed run began to write is none."""
+    (tmp_path / "log.jsonl").write_text(text)
+    whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    assert runs.read_log(tmp_path / "log.jsonl") == [json.loads(line) for line in whole]
+
+
+@pytest.mark.parametrize("text", [None, '{"loss": 1}\n', "[1, 2}\n", '{"step": "1"}\n', b"\xff}\n",
+                                  "[" * 100_000 + "}\n", '["step"]}\n'])
+def test_a_log_that_is_none_is_refused(tmp_path, text, capsys):
+    """A file that is not there, or a line that is no record with a step, ends the script with one line."""
+    if text is not None:
+        (tmp_path / "log.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SystemExit) as ended:
+        runs.read_log(tmp_path / "log.jsonl")
+    [line] = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and str(tmp_path / "log.jsonl") in line and "--out_dir" in line
+
+
+def test_a_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    """Its bytes are those of the text; a disk that gets full leaves the old file, and nothing beside it."""
+    path = str(tmp_path / "a.json")
+    for text in ("one\r\n", "two é\n"):
+        runs.write_atomically(path, text)
+        with open(path, "rb") as f:
+            assert f.read() == text.encode() and os.listdir(tmp_path) == ["a.json"]
+    monkeypatch.setattr(os, "fsync", refuse_to_sync)
+    with pytest.raises(SystemExit) as ended:
+        runs.write_atomically(path, "three")
+    [line] = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and path in line
+    assert read(path) == "two é\n" and os.listdir(tmp_path) == ["a.json"]
 
 
 def test_a_checkpoint_sets_settings_only(trained, monkeypatch):
