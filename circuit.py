@@ -5,6 +5,7 @@
 
 A circuit is a set of nodes (circuits/nodes.py) that does a task while all others are frozen at their mean
 over the training text. Which nodes is learned by gradient descent (Gao et al. 2025, sections 2.2 and A.5).
+Edges between them, and nodes, that the target loss does not need are then removed (circuits/search.py).
 Results go to out_dir/circuits/TASK: circuit.json, from which every loss can be computed again with a few
 hooks, and circuit.png, which circuits/picture.py draws from it.
 
@@ -13,16 +14,18 @@ From the top: settings, tasks, the search, what is measured of a circuit, contro
 import json
 import os
 import time
-from functools import partial
 
 import numpy as np
 import torch
 
+import kernels
 from circuits import controls as asked
 from circuits import picture
 from circuits.controls import result
-from circuits.nodes import Contexts, Nodes, count, loss_of, means_over, survival
-from configurator import check_rules, configure, fail
+from circuits.nodes import Contexts, Nodes, count, means_over, survival
+from circuits.search import fit as fit_of
+from circuits.search import loss_at, loss_of, needed
+from configurator import check_rules, configure, fail, settings_of
 from runs import load_run, this_process, windows
 from tokenizer import load_tokenizer, tokenizer_in
 
@@ -31,9 +34,11 @@ checkpoint = "ckpt.pt"  # in out_dir: 'ckpt.pt' is the latest, 'best.pt' the spa
 task = "quotes"  # of tasks/NAME.json; or the path of such a file
 target_loss = 0.0  # of a circuit, in nats, chance being 0.693; 0: the task's own, or else the paper's 0.15
 ablation = "mean"  # what a node outside the circuit is: its 'mean' over train, or 'zero'
+fit = True  # the target is met after a scale and a shift of the logits are fitted on train, as in the paper
+fast_kernels = True  # False: the plain definitions of model.py run, which compute the same
 controls = True  # False: the circuit alone, in a fraction of the time
 # the search: masks are learned once for each penalty and each seed
-penalties = "1e-3,3e-3"  # of a kept node, in nats, by commas; large ones make small circuits, or none
+penalties = "1e-3,3e-3,1e-2"  # of a kept node, in nats, by commas; large ones make small circuits, or none
 mask_seeds = 3  # for each penalty
 steps = 300
 batch_size = 32  # contexts a step
@@ -237,7 +242,7 @@ def first_of(order, size):
 
 def loss_of_first(nodes, contexts, order, size):
     """The mean loss on `contexts` of the circuit that is the first `size` nodes of `order`."""
-    return loss_of(nodes.judge(contexts, first_of(order, size))).mean().item()
+    return loss_at(nodes, contexts, first_of(order, size), fitted=False)
 
 
 def search(nodes, learning, choosing, target, name):
@@ -253,10 +258,12 @@ def search(nodes, learning, choosing, target, name):
             [tau] = learn_masks(nodes, learning, [(penalty, mask_seed)])
             order = tau.argsort(descending=True, stable=True)
 
-            size, seen = fewest(partial(loss_of_first, nodes, choosing, order), nodes.number, target)
+            size, seen = fewest(lambda n, order=order: loss_at(nodes, choosing, first_of(order, n), fit),
+                                nodes.number, target)
             best = size or min(seen, key=seen.get)
             runs.append({"penalty": penalty, "mask_seed": mask_seed, "nodes": size,
-                         "lowest_loss": min(seen.values()), "gates": first_of(order, best)})
+                         "lowest_loss": min(seen.values()), "gates": first_of(order, best),
+                         "losses": {str(n): loss for n, loss in sorted(seen.items())}})
             found = f"{size} nodes" if size else "not reached"
             print(f"{name} | penalty {penalty:g} | mask seed {mask_seed} | {found} | loss {seen[best]:.3f} "
                   f"on train | {time.perf_counter() - begun:.0f} s", flush=True)
@@ -274,7 +281,7 @@ def seeds_agree(nodes, runs, chosen):
     overlaps = [((a["gates"] * b["gates"]).sum() / (a["gates"] + b["gates"]).clamp(max=1).sum()).item()
                 for i, a in enumerate(same) for b in same[:i]]
     return {"penalty": chosen["penalty"], "nodes": [run["nodes"] for run in same],
-            "edges": [count(nodes, run["gates"])["edges"] for run in same], "overlaps": overlaps,
+            "weights": [count(nodes, run["gates"])["edges"] for run in same], "overlaps": overlaps,
             "failed": sum(run["nodes"] is None for run in runs), "of": len(runs)}
 
 
@@ -306,7 +313,7 @@ def contexts_record(contexts, answers):
 def measured_nodes(model, data, process):
     T = model.config.block_size
     starts = np.linspace(0, len(data.train) - T - 1, mean_windows).astype(int)
-    return Nodes(model, means_over(model, windows(data.train, starts, T, process)[0]), ablation)
+    return Nodes(model, *means_over(model, windows(data.train, starts, T, process)[0]), ablation)
 
 
 def check_settings():
@@ -329,7 +336,7 @@ def put_beside(nodes, gates, sets, beyond, data, target, process):
     judging = sets[-1]
     random, without_random = asked.random_draws(nodes, gates, judging, seed)
     found = {
-        "without": result(nodes.judge(judging, 1 - gates)) | count(nodes, 1 - gates),
+        "without": result(nodes.judge(judging, nodes.others(gates))) | count(nodes, nodes.others(gates)),
         "without_random": without_random, "random": random,
         "faithfulness": asked.faithfulness(nodes, gates, judging, seed),
         "beyond": {name: {"circuit": asked.agreement(nodes, gates, contexts),
@@ -348,9 +355,20 @@ def put_beside(nodes, gates, sets, beyond, data, target, process):
     return found
 
 
+def remove_idle(nodes, gates, choosing, target):
+    """Nodes with the edges between those found, gates of what is needed, and the path there; says so."""
+    begun, were = time.perf_counter(), count(nodes, gates)
+    nodes, gates, path = needed(nodes, gates, choosing, target, fit)
+    print(f"needed | {were['nodes']} nodes, {were['weights']} weights between them -> "
+          f"{path[-1][0]} nodes, {path[-1][1]} edges | loss {path[-1][2]:.3f} on train | "
+          f"{time.perf_counter() - begun:.0f} s", flush=True)
+    return nodes, gates, path
+
+
 def check_able(name, nodes, choosing, target):
     """End the script if the whole model does not do the task. Returns its result on contexts of train."""
-    able = result(nodes.judge(choosing, torch.ones(nodes.number, device=nodes.device)))
+    ones = torch.ones(nodes.number, device=nodes.device)
+    able = result(nodes.judge(choosing, ones)) | {"loss": loss_at(nodes, choosing, ones, fit)}
     if able["loss"] > target:
         could = 1.25 * able["loss"]
         remedy = (f"it could reach --target_loss={could:.2f}" if could < 0.65 else
@@ -376,6 +394,7 @@ def save(record):
 def main():
     begun = time.perf_counter()
     configure(globals())
+    kernels.enabled = fast_kernels
     check_settings()
     process = this_process(device, "float32")
     saved, model, data = load_run(out_dir, checkpoint)
@@ -395,12 +414,18 @@ def main():
     if not chosen["nodes"]:
         fail(f"no search reached the target of {target:g}, the best was {chosen['lowest_loss']:.3f}: raise "
              "--target_loss or --steps, or lower --penalties")
-    gates, ones = chosen["gates"], torch.ones(nodes.number, device=nodes.device)
+    found = chosen["gates"]
+    nodes, gates, path = remove_idle(nodes, found, choosing, target)
+    ones = torch.ones(nodes.number, device=nodes.device)
+    scale, shift = fit_of(nodes.judge(choosing, gates), choosing.sides())
+    before = nodes.with_edges(())
     results = asked.baselines(nodes, data.train, judging, seed) | {
+        "found": result(before.judge(judging, found)) | count(before, found),
+        "found_fitted": asked.fitted(before, found, choosing, judging),
         "circuit": result(nodes.judge(judging, gates)) | count(nodes, gates),
         "circuit_fitted": asked.fitted(nodes, gates, choosing, judging),
         "whole_fitted": asked.fitted(nodes, ones, choosing, judging),
-        "seeds": seeds_agree(nodes, runs, chosen)}
+        "seeds": seeds_agree(before, runs, chosen)}
     if controls:
         results |= put_beside(nodes, gates, sets, beyond, data, target, process)
     answers = spec.get("pair")
@@ -408,7 +433,10 @@ def main():
     asked.print_rest(results)
     save({
         "task": name, "model": os.path.join(out_dir, checkpoint), "target_loss": target,
-        "ablation": ablation,
+        "ablation": ablation, "format": 2, "fit": fit, "scale": scale, "shift": shift,
+        "dataset": saved["settings"]["dataset"], "step": saved["step"], "settings": settings_of(globals()),
+        "edges": [edge[:4] for edge in nodes.edges_in(gates)], "curve": path,
+        "reads": {site: mean.tolist() for site, mean in nodes.reads.items()},
         "answers": answers, "nodes": nodes.kept(gates), "contexts": contexts_record(judging, answers),
         "results": results, "runs": [{k: v for k, v in run.items() if k != "gates"} for run in runs],
         "picture": picture.describe(nodes, gates, judging, tokenizer),

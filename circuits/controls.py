@@ -1,4 +1,4 @@
-"""What a sceptic asks of a circuit: functions that circuit.py calls, and the table that it prints.
+"""The controls of a circuit: what a sceptic asks, as functions that circuit.py calls, and their table.
 
 Results are dicts: loss and accuracy of the choice between two answers, nodes and edges. At the end, for
 searches of their own: models and labels with what was learned destroyed.
@@ -9,7 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from circuits.nodes import count, loss_of
+from circuits.nodes import count
+from circuits.search import apply_fit, fit, loss_of
 from model import GPT
 
 DRAWS = 5  # of random nodes
@@ -27,27 +28,9 @@ def result(logits):
 
 
 def fitted(nodes, gates, choosing, judging):
-    """The result when the logits are scaled, and one answer's shifted, to do best on train (a shift of both
-    does nothing). Where all are right the best scale is endless, so a few count as wrong (Platt 1999)."""
-    wrong = 1 / (len(choosing) / 2 + 2)
-    scale_and_shift = torch.tensor([1.0, 0.0], device=nodes.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([scale_and_shift], max_iter=50, line_search_fn="strong_wolfe")
-
-    def fit(logits, contexts):
-        margin = scale_and_shift[0] * (logits[:, 0] - logits[:, 1]) + scale_and_shift[1] * contexts.sides()
-        return torch.stack([margin, torch.zeros_like(margin)], dim=1)
-
-    def closure():
-        optimizer.zero_grad()
-        fits = fit(logits, choosing)
-        loss = ((1 - wrong) * loss_of(fits) + wrong * loss_of(fits.flip(1))).mean()
-        loss.backward()
-        return loss
-
-    logits = nodes.judge(choosing, gates)
-    optimizer.step(closure)
-    with torch.no_grad():
-        return result(fit(nodes.judge(judging, gates), judging))
+    """The result when the logits are scaled, and one answer's shifted, to do best on train."""
+    scale, shift = fit(nodes.judge(choosing, gates), choosing.sides())
+    return result(apply_fit(nodes.judge(judging, gates), judging.sides(), scale, shift))
 
 
 def last_token_alone(train, contexts):
@@ -64,6 +47,7 @@ def last_token_alone(train, contexts):
 def random_like(nodes, gates, generator):
     """Gates of as many nodes at each site, drawn among those that are ever active."""
     drawn = torch.zeros_like(gates)
+    drawn[nodes.nodes:] = 1  # no edge between them is removed
     for name, part in nodes.split(drawn).items():
         live = nodes.means[name].nonzero()[:, 0]
         shuffled = live[torch.randperm(len(live), generator=generator).to(live.device)]
@@ -92,7 +76,7 @@ def random_draws(nodes, gates, contexts, seed):
     generator = torch.Generator().manual_seed(seed)
     drawn = [random_like(nodes, gates, generator) for _ in range(DRAWS)]
     return ([result(nodes.judge(contexts, g)) | count(nodes, g) for g in drawn],
-            [result(nodes.judge(contexts, 1 - g)) | count(nodes, 1 - g) for g in drawn])
+            [result(nodes.judge(contexts, g)) | count(nodes, g) for g in map(nodes.others, drawn)])
 
 
 def agreement(nodes, gates, contexts):
@@ -120,7 +104,7 @@ def attention_kept(nodes, gates, contexts):
 
 def faithfulness(nodes, gates, contexts, seed):
     """Whether the circuit errs where the whole model errs, and gets better as nodes are given back to it."""
-    off = (gates == 0).nonzero()[:, 0]
+    off = (gates[:nodes.nodes] == 0).nonzero()[:, 0]
     generator, losses = torch.Generator().manual_seed(seed), {share: [] for share in GIVEN_BACK}
     for _ in range(DRAWS):
         order = off[torch.randperm(len(off), generator=generator).to(off.device)]
@@ -210,6 +194,7 @@ HEADINGS = {
     "chance": "chance", "last_token": "last token alone", "bigram_table": "bigram table alone",
     "whole": "whole model", "whole_fitted": "  its logits fitted",
     "random_order": "  tokens in random order", "nothing": "all nodes ablated",
+    "found": "nodes that were found", "found_fitted": "  their logits fitted",
     "circuit": "CIRCUIT", "circuit_fitted": "  its logits fitted", "without": "model without the circuit",
     "without_random": "model without random nodes", "random": "random nodes",
     "weights_drawn_anew": "weights drawn anew", "weights_shuffled": "weights shuffled",
@@ -249,11 +234,13 @@ def print_intervention(record):
 def print_rest(results):
     """What is no line of the table."""
     c, w = results["circuit"], results["whole"]
-    print(f"\nsize: {c['nodes']:,} of {w['nodes']:,} nodes, {c['edges']:,} of {w['edges']:,} edges; and, "
+    print(f"\nsize: {c['nodes']:,} of {w['nodes']:,} nodes, {c['edges']:,} of {w['edges']:,} edges "
+          f"({c['weights']:,} weights between these nodes); and, "
           f"not counted in these, {c['biases']} biases, {c['embedding']:,} weights of the embedding and "
           f"{c['unembedding']:,} of the unembedding")
     seeds = results["seeds"]
-    print(f"mask seeds at penalty {seeds['penalty']:g}: {seeds['nodes']} nodes, {seeds['edges']} edges; "
+    print(f"mask seeds at penalty {seeds['penalty']:g}: {seeds['nodes']} nodes, {seeds['weights']} weights "
+          f"between them; "
           f"pairs share {[round(x, 2) for x in seeds['overlaps']]} of their nodes; of all {seeds['of']} "
           f"runs {seeds['failed']} failed")
     if "faithfulness" not in results:

@@ -41,13 +41,12 @@ def location_of(site):
     return site.split(".")[-1]
 
 
-def edges_of(nodes, kept):
-    """Lists of [site, channel, site, channel, weight] between kept nodes; and of every kept node, as
+def edges_of(nodes, gates, kept):
+    """Lists of [site, channel, site, channel, weight] of the edges; and of every kept node, as
     'site.channel', how many of its weights these are, and of how many."""
-    edges, number = [], {}
+    edges, number = [list(edge) for edge in nodes.edges_in(gates)], {}
     for read, written, weight, _ in matrices(nodes.model):
         ins, outs = kept.get(read, []), kept.get(written, [])
-        edges += [[read, i, written, o, weight[o, i].item()] for o in outs for i in ins if weight[o, i] != 0]
         for site, channels, dim in ((read, ins, 0), (written, outs, 1)):
             for c in channels:
                 number.setdefault(f"{site}.{c}", [0, 0])[1] += int(weight.select(1 - dim, c).count_nonzero())
@@ -123,7 +122,7 @@ def examples_of(nodes, gates, contexts, kept, tokenizer):
 def describe(nodes, gates, contexts, tokenizer):
     """All that `draw` needs of a circuit besides its size and loss: a dict that JSON can hold."""
     model, kept = nodes.model, nodes.kept(gates)
-    edges, number = edges_of(nodes, kept)
+    edges, number = edges_of(nodes, gates, kept)
     inside = nodes.activations(contexts, gates)
     unembedding = model.lm_head.weight * model.transformer.ln_f.weight
     present = contexts.idx.unique()

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 import circuit
-from circuits.nodes import count, loss_of
+from circuits.nodes import count
+from circuits.search import loss_of
 from configurator import configure, fail, settings_of
 from experiments.ablations import last_of_log
 from figures import new_figure, plain, save
