@@ -32,21 +32,24 @@ MOST_CONTEXTS = 1024  # of the task
 QUANTILES = (1.0, 0.999, 0.99, 0.9, 0.5, 0.1, 0.01, 0.001, 0.0)
 EACH = 5  # contexts of a quantile
 BINS = 40
+SHOWN = ("task", "target_loss", "fit", "ablation", "answers", "answer_ids", "nodes", "edges", "scale",
+         "shift", "hard", "curve", "edge_costs", "node_costs", "table", "caveats")  # of the record
 
 # ----------------------------------------------------------------------------------------------------------
 # arrays: all in one gzip, in base64
 
 
+TYPES = {"float32": "<f4", "int8": "i1", "uint16": "<u2", "uint32": "<u4"}
+
+
 class Arrays:
     """Arrays for the page. `add` returns what stands for one of them in the page's JSON."""
-
-    TYPES = {"float32": "f4", "int8": "i1", "uint8": "u1", "uint16": "u2", "uint32": "u4"}
 
     def __init__(self):
         self.parts, self.length = [], 0
 
     def add(self, x, dtype):
-        data = np.ascontiguousarray(x).astype("<" + self.TYPES[dtype]).tobytes()
+        data = np.ascontiguousarray(x).astype(TYPES[dtype]).tobytes()
         self.parts.append(data + bytes(-len(data) % 4))
         start, self.length = self.length, self.length + len(self.parts[-1])
         return {"type": dtype, "start": start, "shape": list(np.shape(x))}
@@ -99,7 +102,7 @@ def contexts_of(record, data, block_size):
 
 @torch.no_grad()
 def values_on(model, kept, texts, device):
-    """site -> values (texts, T, kept channels) in the whole model, for texts of ids, filled up with zeros."""
+    """site -> values (texts, T, kept channels) in the whole model; a text is a list of ids."""
     T = max(map(len, texts))
     idx = torch.tensor([ids + [0] * (T - len(ids)) for ids in texts], device=device)
     found = {site: [] for site in kept}
@@ -115,14 +118,15 @@ def values_on(model, kept, texts, device):
 
 
 def quantile_contexts(values):
-    """For each of QUANTILES up to EACH [text, position] whose values (texts, T) lie there, in distinct texts."""
+    """For each of QUANTILES up to EACH (text, position) where the values (texts, T) lie there."""
     order, T = np.argsort(-values, axis=None, kind="stable"), values.shape[1]
     found = []
     for quantile in QUANTILES:
         middle = round((1 - quantile) * (len(order) - 1))
-        around = sorted(range(max(0, middle - 60), min(len(order), middle + 61)), key=lambda i: abs(i - middle))
+        near = range(max(0, middle - 60), min(len(order), middle + 61))
         places = {}
-        for text, position in (divmod(int(order[i]), T) for i in around):
+        for i in sorted(near, key=lambda i, middle=middle: abs(i - middle)):
+            text, position = divmod(int(order[i]), T)
             places.setdefault(text, position)
         found.append(list(places.items())[:EACH])
     return found
@@ -180,7 +184,8 @@ def token_table(model, record, contexts, device):
     most telling tokens. Values of the attn_in nodes come first.
     """
     config, block = model.config, model.transformer.h[0]
-    sites = [s for s in record["nodes"] if s in tuple(f"0.attn.attn_{name}" for name in ("in", "q", "k", "v"))]
+    first = [f"0.attn.attn_{name}" for name in ("in", "q", "k", "v")]
+    sites = [site for site in record["nodes"] if site in first]
     if not any(site.endswith(("q", "k", "v")) for site in sites):
         return None
     modules, zero = node_sites(model), record["ablation"] == "zero"
@@ -247,9 +252,7 @@ def content(record, model, data, arrays):
     live = sum(int(p.count_nonzero()) for name, p in model.named_parameters() if name != "bigram_table")
     longest = max(len(ids) for ids, _ in contexts)
     padded = np.array([ids + [0] * (longest - len(ids)) for ids, _ in contexts])
-    shown = {key: record[key] for key in (
-        "task", "target_loss", "fit", "model", "step", "dataset", "ablation", "answers", "answer_ids", "nodes",
-        "edges", "scale", "shift", "hard", "curve", "edge_costs", "node_costs", "table", "caveats") if key in record}
+    shown = {key: record[key] for key in SHOWN if key in record}
     return {
         "record": shown, "config": asdict(model.config), "tokenizer": json.loads(data.tokenizer),
         "live": live <= LIVE, "nonzeros": live,
@@ -271,15 +274,17 @@ def digests(text, tag):
 
 
 def write(record, model, data, path):
-    """Write the page of a circuit to `path`. record: what circuit.json holds; model: in eval mode; data: what
-    `runs.load_data` returns. Returns the number of bytes."""
+    """Write the page of a circuit to `path`; returns the number of its bytes.
+
+    record: what circuit.json holds; model: in eval mode; data: as runs.load_data returns it.
+    """
     arrays = Arrays()
     found = json.dumps(content(record, model, data, arrays), separators=(",", ":"), allow_nan=False)
     with open(TEMPLATE, encoding="utf-8") as f:
         template = f.read()
     parts = {
-        "POLICY": f"default-src 'none'; base-uri 'none'; form-action 'none'; script-src {digests(template, 'script')}; "
-                  f"style-src {digests(template, 'style')}",
+        "POLICY": "default-src 'none'; base-uri 'none'; form-action 'none'; "
+                  f"script-src {digests(template, 'script')}; style-src {digests(template, 'style')}",
         "DATA": found.replace("<", "\\u003c"),  # in JSON it stands in strings alone
         "ARRAYS": arrays.text()}
     text = re.sub("__(POLICY|DATA|ARRAYS)__", lambda match: parts[match[1]], template)
