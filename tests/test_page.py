@@ -50,6 +50,7 @@ class Browser:
         script = f'exec "$@" 3<&{read} 4>&{write}'
         self.process = subprocess.Popen(
             ["bash", "-c", script, "bash", BROWSER, "--headless", "--no-sandbox", "--disable-gpu",
+             "--disable-ipc-flooding-protection",  # that many addresses in a second are refused otherwise
              "--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank"],
             pass_fds=(read, write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(read)
