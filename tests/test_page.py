@@ -117,9 +117,10 @@ class Browser:
 
     def click(self, selector):
         """A click of the mouse in the middle of an element."""
-        x, y = self.run("(selector => { const element = document.querySelector(selector); "
-                        "element.scrollIntoView({block: 'center'}); const box = element.getBoundingClientRect(); "
-                        f"return [box.x + box.width / 2, box.y + box.height / 2]; }})({json.dumps(selector)})")
+        x, y = self.run(
+            "(selector => { const element = document.querySelector(selector); "
+            "element.scrollIntoView({block: 'center'}); const box = element.getBoundingClientRect(); "
+            f"return [box.x + box.width / 2, box.y + box.height / 2]; }})({json.dumps(selector)})")
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
