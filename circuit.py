@@ -7,7 +7,7 @@ A circuit is a set of nodes (circuits/nodes.py) that does a task while all other
 over the training text. Which nodes is learned by gradient descent (Gao et al. 2025, sections 2.2 and A.5).
 Edges between them, and nodes, that the target loss does not need are then removed (circuits/search.py).
 Results go to out_dir/circuits/TASK: circuit.json, from which every loss can be computed again with a few
-hooks, and circuit.png, which circuits/picture.py draws from it.
+hooks, circuit.png, which circuits/picture.py draws from it, and circuit.html, in which the model runs.
 
 From the top: settings, tasks, the search, what is measured of a circuit, controls, the report.
 """
@@ -20,13 +20,14 @@ import torch
 
 import kernels
 from circuits import controls as asked
+from circuits import page as page_of
 from circuits import picture
 from circuits.controls import result
 from circuits.nodes import Contexts, Nodes, count, means_over, survival
 from circuits.search import fit as fit_of
 from circuits.search import loss_at, loss_of, needed
 from configurator import check_rules, configure, fail, settings_of
-from runs import load_run, this_process, windows
+from runs import load_run, this_process, windows, write_atomically
 from tokenizer import load_tokenizer, tokenizer_in
 
 out_dir = "out"  # of the training run
@@ -36,6 +37,7 @@ target_loss = 0.0  # of a circuit, in nats, chance being 0.693; 0: the task's ow
 ablation = "mean"  # what a node outside the circuit is: its 'mean' over train, or 'zero'
 fit = True  # the target is met after a scale and a shift of the logits are fitted on train, as in the paper
 fast_kernels = True  # False: the plain definitions of model.py run, which compute the same
+page = True  # False: no circuit.html, in which the circuit can be explored and the model runs
 controls = True  # False: the circuit alone, in a fraction of the time
 # the search: masks are learned once for each penalty and each seed
 penalties = "1e-3,3e-3,1e-2"  # of a kept node, in nats, by commas; large ones make small circuits, or none
@@ -73,6 +75,11 @@ def read_task(task, tokenizer):
             spec["pair"] = [one_token(tokenizer, first), one_token(tokenizer, second)]
             if first == second or not isinstance(spec.get("contains", ""), str):
                 raise ValueError("two different answers, and a text that a context contains")
+        elif "families" in spec:  # inputs that another task lists as "beyond"
+            spec["families"] = {str(family): [
+                ([tokenizer.eot_token, *tokenizer.encode(prompt, disallowed_special=())],
+                 [one_token(tokenizer, right), one_token(tokenizer, other)])
+                for prompt, right, other in prompts] for family, prompts in spec["families"].items()}
         else:
             for part in ("prompts", "held_out"):
                 spec[part] = [([tokenizer.eot_token, *tokenizer.encode(prompt, disallowed_special=())],
@@ -166,9 +173,15 @@ def sets_beyond(spec, judging, data, tokenizer, block_size, process):
     idx, _ = windows(data.val, starts, block_size, process)
     n, answers = len(idx), judging.answers[0].sort().values
     last = torch.full((n,), block_size - 1, device=idx.device)
-    return {"random order": judging.in_random_order(seed)} | {
-        other: three_sets(read_task(other, tokenizer)[0], data, tokenizer, block_size, process)[-1]
-        for other in spec["beyond"]} | {"ordinary text": Contexts(idx, last, answers.expand(n, 2))}
+    found = {"random order": judging.in_random_order(seed)}
+    for other in spec["beyond"]:
+        asked_too = read_task(other, tokenizer)[0]
+        if "families" in asked_too:
+            found |= {f"{other}: {family}": contexts_of(prompts, f"prompts of {family}", block_size, process)
+                      for family, prompts in asked_too["families"].items()}
+        else:
+            found[other] = three_sets(asked_too, data, tokenizer, block_size, process)[-1]
+    return found | {"ordinary text": Contexts(idx, last, answers.expand(n, 2))}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -342,7 +355,8 @@ def put_beside(nodes, gates, sets, beyond, data, target, process):
         "beyond": {name: {"circuit": asked.agreement(nodes, gates, contexts),
                           "nothing": asked.agreement(nodes, 0 * gates, contexts)}
                    for name, contexts in beyond.items()},
-        "survival": {name: {c: round(x[c].item(), 4) for c in nodes.kept(gates)[name]}
+        "survival": {name: {c: round(x[c].item(), 4) if x[c].isfinite() else None
+                            for c in nodes.kept(gates)[name]}
                      for name, x in survival(nodes, judging, gates).items() if name in nodes.kept(gates)},
         "interventions": asked.interventions(nodes, gates, judging),
     }
@@ -378,17 +392,39 @@ def check_able(name, nodes, choosing, target):
     return able
 
 
-def save(record):
-    """Write circuit.json and circuit.png."""
+def hard_inputs(beyond):
+    """The prompts of the families among the sets beyond: name -> [[ids, right, other], ...]."""
+    return {name: [[contexts.idx[row, :last + 1].tolist(), *contexts.answers[row].tolist()]
+                   for row, last in enumerate(contexts.last.tolist())]
+            for name, contexts in beyond.items() if ": " in name}
+
+
+def costs_of(nodes, gates, choosing, loss):
+    """By how much the loss of the circuit rises when one edge, or one node, of it is removed."""
+    def cost(place):
+        less = gates.clone()
+        less[place] = 0
+        return loss_at(nodes, choosing, less, fit) - loss
+
+    there = {nodes.edges[e]: nodes.nodes + e for e in range(len(nodes.edges))}
+    return {"edge_costs": [cost(there[edge[:4]]) for edge in nodes.edges_in(gates)],
+            "node_costs": {f"{site}.{c}": cost(nodes.places[site] + c)
+                           for site, channels in nodes.kept(gates).items() for c in channels}}
+
+
+def save(record, model, data):
+    """Write circuit.json, circuit.png and circuit.html."""
     folder = os.path.join(out_dir, "circuits", record["task"])
     try:
         os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, "circuit.json"), "w", encoding="utf-8") as f:
-            json.dump(record, f)
+        write_atomically(os.path.join(folder, "circuit.json"), json.dumps(record, allow_nan=False))
     except OSError as e:
         fail(f"cannot write to {folder} ({e.strerror}): choose another --out_dir")
     print(f"\nwrote {folder}/circuit.json | {record['seconds']:.0f} s")
     picture.draw(record, os.path.join(folder, "circuit.png"))
+    if page:
+        path = os.path.join(folder, "circuit.html")
+        print(f"wrote {path} | {page_of.write(record, model.cpu(), data, path) / 1e6:.1f} MB")
 
 
 def main():
@@ -428,20 +464,24 @@ def main():
         "seeds": seeds_agree(before, runs, chosen)}
     if controls:
         results |= put_beside(nodes, gates, sets, beyond, data, target, process)
-    answers = spec.get("pair")
-    asked.print_table(results, f"{len(judging)} {'contexts of val' if answers else 'held-out prompts'}")
+    answers, table = spec.get("pair"), asked.table_of(results)
+    pair = answers or judging.answers[0].sort().values.tolist()
+    asked.print_table(table, f"{len(judging)} {'contexts of val' if answers else 'held-out prompts'}")
     asked.print_rest(results)
     save({
-        "task": name, "model": os.path.join(out_dir, checkpoint), "target_loss": target,
+        "task": name, "answers": [tokenizer.decode([i]) for i in pair], "answer_ids": pair, "table": table,
+        "caveats": asked.CAVEATS.replace("\n", " "), "hard": hard_inputs(beyond),
+        **costs_of(nodes, gates, choosing, path[-1][2]), "model": os.path.join(out_dir, checkpoint),
+        "target_loss": target,
         "ablation": ablation, "format": 2, "fit": fit, "scale": scale, "shift": shift,
         "dataset": saved["settings"]["dataset"], "step": saved["step"], "settings": settings_of(globals()),
         "edges": [edge[:4] for edge in nodes.edges_in(gates)], "curve": path,
         "reads": {site: mean.tolist() for site, mean in nodes.reads.items()},
-        "answers": answers, "nodes": nodes.kept(gates), "contexts": contexts_record(judging, answers),
+        "nodes": nodes.kept(gates), "contexts": contexts_record(judging, answers),
         "results": results, "runs": [{k: v for k, v in run.items() if k != "gates"} for run in runs],
         "picture": picture.describe(nodes, gates, judging, tokenizer),
         "seconds": time.perf_counter() - begun,
-        "means": {site: mean.tolist() for site, mean in nodes.means.items()}})
+        "means": {site: mean.tolist() for site, mean in nodes.means.items()}}, model, data)
 
 
 if __name__ == "__main__":

@@ -80,11 +80,14 @@ def random_draws(nodes, gates, contexts, seed):
 
 
 def agreement(nodes, gates, contexts):
-    """How often the whole model chooses the same answer, right or wrong, and the correlation of how much the
-    answer of the lower id is preferred, 0 if one of the two does not vary."""
+    """How often the whole model chooses the same answer, right or wrong; the correlation of how much the
+    answer of the lower id is preferred, 0 if one of the two does not vary; how often either is right."""
     whole, inside = (contexts.sides() * (c[:, 0] - c[:, 1]) for c in
                      (nodes.judge(contexts, torch.ones_like(gates)), nodes.judge(contexts, gates)))
-    return {"same_answer": ((whole > 0) == (inside > 0)).float().mean().item(),
+    right = contexts.sides() > 0
+    return {"right": ((inside > 0) == right).float().mean().item(),
+            "whole_right": ((whole > 0) == right).float().mean().item(),
+            "same_answer": ((whole > 0) == (inside > 0)).float().mean().item(),
             "correlation": torch.corrcoef(torch.stack([whole, inside]))[0, 1].nan_to_num().item()}
 
 
@@ -190,6 +193,9 @@ def shuffled_labels(contexts, seed):
 # ----------------------------------------------------------------------------------------------------------
 # the table
 
+CAVEATS = """The circuit chooses between two given answers. It is sufficient, and as necessary as the table
+says, under this ablation and on these contexts. That does not prove that the model computes the task so:
+norms and AbsTopK react to what is ablated, and causal scrubbing would ask for more."""
 HEADINGS = {
     "chance": "chance", "last_token": "last token alone", "bigram_table": "bigram table alone",
     "whole": "whole model", "whole_fitted": "  its logits fitted",
@@ -202,10 +208,10 @@ HEADINGS = {
 }
 
 
-def print_table(results, judged_by):
-    """One line for each result of HEADINGS; of several draws, the range of their losses and accuracies."""
-    print(f"\n{judged_by}; loss of the choice between the answers, in nats\n\n"
-          f"{'':28}{'loss':>15}{'accuracy':>17}{'nodes':>8}{'edges':>9}")
+def table_of(results):
+    """A row of texts for each result of HEADINGS: heading, loss, accuracy, nodes, edges, a note. Of several
+    draws, the range of their losses and accuracies."""
+    rows = []
     for key, heading in HEADINGS.items():
         draws = results.get(key, [])
         draws = draws if isinstance(draws, list) else [draws]
@@ -214,10 +220,17 @@ def print_table(results, judged_by):
                                           ([d[of] for d in draws] for of in ("loss", "accuracy")))
             loss = f"{low:.3f}" + (f" to {high:.3f}" if len(draws) > 1 else "")
             accuracy = f"{worst:.1%}" + (f" to {best:.1%}" if len(draws) > 1 else "")
-            size = "".join(f"{draws[0][of]:>{width},}" if of in draws[0] else " " * width
-                           for of, width in (("nodes", 8), ("edges", 9)))
-            reached = "" if "reached" not in draws[0] else "   {reached} of {of} reached".format(**draws[0])
-            print(f"{heading:28}{loss:>15}{accuracy:>17}{size}{reached}")
+            size = [f"{draws[0][of]:,}" if of in draws[0] else "" for of in ("nodes", "edges")]
+            reached = "" if "reached" not in draws[0] else "{reached} of {of} reached".format(**draws[0])
+            rows.append([heading, loss, accuracy, *size, reached])
+    return rows
+
+
+def print_table(rows, judged_by):
+    print(f"\n{judged_by}; loss of the choice between the answers, in nats\n")
+    head = ["", "loss", "accuracy", "nodes", "edges", ""]
+    for heading, loss, accuracy, nodes, edges, note in [head, *rows]:
+        print(f"{heading:28}{loss:>15}{accuracy:>17}{nodes:>8}{edges:>9}   {note}".rstrip())
 
 
 def print_intervention(record):
@@ -252,16 +265,16 @@ def print_rest(results):
           f"differences: {same['correlation']:.2f}\nloss as random ablated nodes are given back: {back}")
     for name, pair in results["beyond"].items():
         print(f"beyond, {name}: " + "; all nodes ablated: ".join(
-            "same answer {same_answer:.1%}, correlation {correlation:.2f}".format(**pair[which])
+            "{right:.1%} right (whole model {whole_right:.1%}), same answer {same_answer:.1%}, correlation "
+            "{correlation:.2f}".format(**pair[which])
             for which in ("circuit", "nothing")))
     for head, x in same["attention"].items():
         print("head {0}: attention to its first choice {whole:.2f} in the whole model, {circuit:.2f} in the "
               "circuit; {same:.2f} of all attention is the same".format(head, **x))
     print("variance that nodes keep in the circuit (1: all): "
-          + "; ".join(f"{name} " + " ".join(f"{x:.2f}" for x in shares.values())
+          + "; ".join(f"{name} " + " ".join("none" if x is None else f"{x:.2f}"
+                                            for x in shares.values())
                       for name, shares in results["survival"].items()))
     for record in results["interventions"]:
         print_intervention(record)
-    print("\nThe circuit is sufficient, and as necessary as the table says, under this ablation and\n"
-          "on these contexts. That does not prove that the model computes the task so: norms and\n"
-          "AbsTopK react to what is ablated, and causal scrubbing would ask for more.")
+    print(f"\n{CAVEATS}")

@@ -440,8 +440,11 @@ def test_a_faithful_circuit_agrees_with_the_whole_model(known):
     head = same["attention"]["0.0"]
     assert list(same["attention"]) == ["0.0"]
     assert head["whole"] > 0.9 and head["circuit"] > 0.9 and head["same"] > 0.9
-    nothing = asked.agreement(nodes, 0 * gates, contexts)
-    assert nothing == pytest.approx({"same_answer": 0.5, "correlation": 0}, abs=0.01)
+    nothing, clean = asked.agreement(nodes, 0 * gates, contexts), some_contexts(100)
+    assert nothing["same_answer"] == 0.5 and abs(nothing["correlation"]) < 0.01
+    found = asked.agreement(nodes, gates, clean)
+    assert (found["right"], found["whole_right"]) == (1, 1)
+    assert asked.agreement(nodes, 0 * gates, clean)["right"] == 0.5
     some = (torch.rand(nodes.number, generator=torch.Generator().manual_seed(2)) < 0.7).float()
     prefer_x = [np.array([right - other if answers[0] == X else other - right for (right, other), answers in
                           zip(nodes.judge(contexts, g).tolist(), contexts.answers.tolist(), strict=True)])
@@ -501,9 +504,9 @@ def loss_with_hooks(record):
             module.register_forward_hook(lambda module, inputs, output, m=m, a=ablated: m * output + a)
     val, length, losses = np.fromfile("data/tiny/val.bin", "<u2").astype(int), model.config.block_size, []
     for right, positions in enumerate(record["contexts"]["positions"]):
-        assert all(val[p] == record["answers"][right] for p in positions)
+        assert all(val[p] == record["answer_ids"][right] for p in positions)
         idx = torch.tensor(np.stack([val[p - length:p] for p in positions]))
-        logits = model(idx)[0][:, -1, record["answers"]].detach()
+        logits = model(idx)[0][:, -1, record["answer_ids"]].detach()
         losses += (logits.logsumexp(1) - logits[:, right]).tolist()
     return np.mean(losses), len(losses)
 
