@@ -112,15 +112,6 @@ def git(*arguments):
     return done.stdout.strip()
 
 
-def write_settings(out_dir, settings, process):
-    """Write out_dir/settings.json, which nothing reads: a run's settings, with what and on what they ran."""
-    changes = git("status", "--porcelain")
-    about = {"settings": settings, "torch": torch.__version__, "numpy": np.__version__,
-             "python": platform.python_version(), "device": name_of_device(process.device),
-             "commit": git("rev-parse", "HEAD"), "clean": None if changes is None else not changes}
-    write_atomically(os.path.join(out_dir, "settings.json"), json.dumps(about, indent=2) + "\n")
-
-
 def can_compile(device):
     """Whether torch.compile works: a compiler that is there may lack a header, or a place to write to."""
     try:
@@ -145,20 +136,6 @@ def compile_blocks(model, process):
     torch._dynamo.config.optimize_ddp = False  # blocks are small enough for DDP
     for block in model.transformer.h:
         block.compile()
-
-
-def check_ranks_agree(model, process, step, out_dir):
-    """Compare a checksum of all weights across ranks; end the run if they differ by a single bit."""
-    if process.world_size == 1:
-        return
-    checksum = torch.zeros(1, dtype=torch.int64, device=process.device)
-    for p in model.parameters():
-        checksum = 31 * checksum + p.detach().view(torch.int32).sum(dtype=torch.int64)
-    checksums = [torch.empty_like(checksum) for _ in range(process.world_size)]
-    dist.all_gather(checksums, checksum)
-    differing = [rank for rank, other in enumerate(checksums) if other != checksums[0]]
-    if differing:
-        stop(f"at step {step} the weights of rank {differing[0]} differ from those of rank 0", out_dir)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -244,8 +221,8 @@ def load_data(folder, block_size):
     return Data(tokens["train"], tokens["val"], meta, tokenizer)
 
 
-def check_tokenizer(model, path, meta):
-    """End the script unless data with this `meta` has the model's tokenizer, which is at `path`."""
+def check_start(model, path, meta):
+    """End the script unless data with this `meta` can train the model, whose tokenizer is at `path`."""
     if model.tokenizer_sha256:
         needed, same = path, model.tokenizer_sha256 == meta["tokenizer_sha256"]
     else:  # a released model, which came without it
@@ -253,6 +230,11 @@ def check_tokenizer(model, path, meta):
     if not same:
         fail(f"the dataset was made with --tokenizer={meta['tokenizer']}, but the model needs {needed}: "
              "prepare the data with it")
+    if meta["vocab_size"] > model.config.vocab_size:
+        fail(f"the data's vocabulary of {meta['vocab_size']} exceeds the model's {model.config.vocab_size}: "
+             "prepare the data with the model's tokenizer")
+    if not all(p.requires_grad for p in model.parameters()):
+        fail("the bigram table of this model is marked as fixed: it can be sampled from, not trained, here")
 
 
 def windows(tokens, starts, block_size, process):
@@ -301,44 +283,6 @@ def start_out_dir(out_dir, tokenizer):
             f.write(tokenizer)
     except OSError as e:
         fail(f"cannot write to out_dir={out_dir} ({e.strerror}): choose another --out_dir")
-
-
-def save_checkpoint(path, model, optimizer, scaler, **more):
-    """Save what a run needs to go on; `more` is what `load_checkpoint` expects beside the states. Nothing
-    random is: all that is random in training is a function of the seed and the step."""
-    moments = {name: optimizer.state.get(p, {}) for name, p in model.named_parameters()}
-    write_checkpoint(path, {"model": model.state_dict(), "optimizer": {"state": moments},
-                            "scaler": scaler.state_dict(), "config": asdict(model.config),
-                            "torch": str(torch.__version__), **more})
-
-
-def are_moments(found, p):
-    """Whether `found` is what Adam keeps of parameter p: {} before its first update, else three tensors."""
-    shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
-    return type(found) is dict and (not found or found.keys() == shapes.keys() and all(
-        isinstance(found[key], torch.Tensor) and found[key].shape == shape for key, shape in shapes.items()))
-
-
-def restore_(checkpoint, model, optimizer, scaler):
-    """Give Adam its moments back, by the names of the parameters, and the scaler its scale.
-
-    Adam's betas and eps stay those of the settings, which may have changed. Ends the script with the name of
-    a parameter whose moments do not fit. A parameter that no update has reached yet has none, {}.
-    """
-    parameters, moments = dict(model.named_parameters()), checkpoint["optimizer"]["state"]
-    if "param_groups" in checkpoint["optimizer"]:  # an older checkpoint, by number
-        names = dict(enumerate(parameters))
-        moments = {names.get(i, i): found for i, found in moments.items()}
-    if checkpoint["step"] == 0 and not moments:  # no update has been made
-        moments = {name: {} for name in parameters}
-    for name in [*parameters, *moments]:
-        if name not in parameters or not are_moments(moments.get(name), parameters[name]):
-            fail(f"the checkpoint's moments of {name}, which Adam keeps, do not fit model.py: use the code "
-                 "that wrote it, or begin a new run with its weights, --init_from=PATH")
-    state = {i: moments[name] for i, name in enumerate(parameters) if moments[name]}
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    if scaler.is_enabled() and checkpoint["scaler"]:
-        scaler.load_state_dict(checkpoint["scaler"])
 
 
 def write_checkpoint(path, checkpoint):
@@ -494,6 +438,92 @@ class Log:
 
 
 # ----------------------------------------------------------------------------------------------------------
+# a run
+
+
+@dataclass
+class Run:
+    """A training run as it stands between two updates."""
+
+    settings: dict  # train.py's
+    process: Process
+    data: Data
+    model: GPT  # neither compiled nor wrapped: what is saved
+    optimizer: torch.optim.Adam
+    scaler: torch.amp.GradScaler  # idle unless the precision is float16
+    step: int = 0  # updates made
+    best: tuple = (1.0, math.inf)  # L0 and val loss of best.pt
+    log: Log | None = None  # the first rank's
+
+    def save(self, name):
+        """Write a checkpoint to out_dir. Nothing random is in it: all that is random in training is a
+        function of the seed and the step. Adam's moments have the names of their parameters."""
+        moments = {name: self.optimizer.state.get(p, {}) for name, p in self.model.named_parameters()}
+        write_checkpoint(os.path.join(self.settings["out_dir"], name), {
+            "model": self.model.state_dict(), "optimizer": {"state": moments},
+            "scaler": self.scaler.state_dict(), "config": asdict(self.model.config),
+            "settings": self.settings, "step": self.step, "best_l0": self.best[0],
+            "best_val_loss": self.best[1], "tokenizer_sha256": self.data.meta["tokenizer_sha256"],
+            "wandb_id": self.log.wandb_id, "torch": str(torch.__version__)})
+
+    def restore_(self, checkpoint):
+        """Stand where a checkpoint of the same model stood; ends the script if its numbers do not fit.
+
+        Adam's betas and eps stay those of the settings, which may have changed.
+        """
+        parameters, moments = dict(self.model.named_parameters()), checkpoint["optimizer"]["state"]
+        if "param_groups" in checkpoint["optimizer"]:  # an older checkpoint, which numbers the parameters
+            names = dict(enumerate(parameters))
+            moments = {names.get(i, i): found for i, found in moments.items()}
+        if checkpoint["step"] == 0 and not moments:  # likewise, before the first update
+            moments = {name: {} for name in parameters}
+        for name in [*parameters, *moments]:
+            if name not in parameters or not are_moments(moments.get(name), parameters[name]):
+                fail(f"Adam's moments of {name} do not fit: use the code that wrote the checkpoint, "
+                     "or begin a new run with its weights, --init_from=PATH")
+        state = {i: moments[name] for i, name in enumerate(parameters) if moments[name]}
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        if self.scaler.is_enabled() and checkpoint["scaler"]:
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.step, self.best = checkpoint["step"], (checkpoint["best_l0"], checkpoint["best_val_loss"])
+        if self.step > (max_iters := self.settings["max_iters"]):
+            fail(f"max_iters={max_iters} is less than the {self.step} updates that this run has made: raise "
+                 "it")
+
+
+def are_moments(found, p):
+    """Whether `found` is what Adam keeps of parameter p: {} before its first update, else three tensors."""
+    shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+    return type(found) is dict and (not found or found.keys() == shapes.keys() and all(
+        isinstance(found[key], torch.Tensor) and found[key].shape == shape for key, shape in shapes.items()))
+
+
+def write_settings(run):
+    """Write out_dir/settings.json, which nothing reads: the settings, and with what and on what it runs."""
+    changes = git("status", "--porcelain")
+    about = {"settings": run.settings, "torch": torch.__version__, "numpy": np.__version__,
+             "python": platform.python_version(), "device": name_of_device(run.process.device),
+             "commit": git("rev-parse", "HEAD"), "clean": None if changes is None else not changes}
+    path = os.path.join(run.settings["out_dir"], "settings.json")
+    write_atomically(path, json.dumps(about, indent=2) + "\n")
+
+
+def check_ranks_agree(run):
+    """Compare a checksum of all weights across ranks; end the run if they differ by a single bit."""
+    if run.process.world_size == 1:
+        return
+    checksum = torch.zeros(1, dtype=torch.int64, device=run.process.device)
+    for p in run.model.parameters():
+        checksum = 31 * checksum + p.detach().view(torch.int32).sum(dtype=torch.int64)
+    checksums = [torch.empty_like(checksum) for _ in range(run.process.world_size)]
+    dist.all_gather(checksums, checksum)
+    differing = [rank for rank, other in enumerate(checksums) if other != checksums[0]]
+    if differing:
+        stop(f"at step {run.step} the weights of rank {differing[0]} differ from those of rank 0",
+             run.settings["out_dir"])
+
+
+# ----------------------------------------------------------------------------------------------------------
 # how a run ends
 
 
@@ -548,8 +578,9 @@ class Readings:
 
     SECONDS = 5  # between readings
 
-    def __init__(self, process, scaler, out_dir):
-        self.process, self.overflows, self.out_dir = process, scaler.is_enabled(), out_dir
+    def __init__(self, run):
+        self.process, self.overflows = run.process, run.scaler.is_enabled()
+        self.out_dir = run.settings["out_dir"]
         self.signal, self.unread = StopSignal(), []
         self.wait, self.last_time = 1, time.monotonic()  # updates until the next reading; when the last was
 

@@ -1,23 +1,16 @@
 """The method, as properties: AbsTopK, the prune, the schedules, the training step, the forward pass, the
-nodes, generation, and what holds for every run. A test states its property in its name and docstring.
+nodes, generation, and the order of the data. A test states its property in its name and docstring.
 
 The oracles (plain_...) are slow, plain and share no code with what they check; what they check is what
-training and sampling call. All other tests are in tests/, by subject, and share the helpers of this file:
+training and sampling call. All other tests, those of whole runs among them, are in tests/, by subject:
 
     python -m pytest -q                 # all tests
     python -m pytest -q -m "not slow"   # all but those that start many processes
 """
 import dataclasses
 import itertools
-import json
 import math
-import os
 import random
-import shlex
-import shutil
-import signal
-import subprocess
-import sys
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -27,11 +20,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-import circuit
 import kernels
-import prepare
 import runs
-import sample
 import train
 from configurator import settings_of
 from model import GPT, LOCATIONS, NODE_LOCATIONS, AbsTopK, GPTConfig, KVCache, abs_topk, sink_attention
@@ -994,7 +984,7 @@ def test_generation_leaves_the_mode_as_it_was(training):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# whole runs
+# the settings, and the order of the data
 
 
 def test_default_settings_are_the_papers():
@@ -1015,172 +1005,6 @@ def test_default_settings_are_the_papers():
         "log_sparsity_every_n_steps": 50,
     }
     assert expected.items() <= settings_of(vars(train)).items()
-
-
-REPO = os.path.dirname(os.path.abspath(train.__file__))
-SCRIPTS = {"circuit.py": circuit, "prepare.py": prepare, "sample.py": sample, "train.py": train}
-DEFAULTS = {name: settings_of(vars(script)) for name, script in SCRIPTS.items()}
-
-TINY = """
-dataset = "tiny"
-n_layer = 1
-d_model = 16
-d_head = 8
-block_size = 16
-dropout = 0.1  # so that all runs draw random numbers
-use_bigram_table = False
-target_l0_fraction = 1 / 4
-learning_rate = 1e-2
-batch_size = 2
-gradient_accumulation_steps = 2
-max_iters = 12
-eval_interval = 4
-eval_iters = 2
-device = "cpu"
-compile = False
-"""
-SPEED = ("tokens_per_second", "seconds_left")  # what no two runs log alike
-
-
-def forget_settings():
-    """Give all scripts the settings that a new process would start with."""
-    for name, script in SCRIPTS.items():
-        for key in settings_of(vars(script)).keys() - DEFAULTS[name].keys():
-            del vars(script)[key]
-        vars(script).update(DEFAULTS[name])
-
-
-def run(command):
-    """What the command line `command` does, such as 'train.py tiny.py', in this process; its exit status."""
-    forget_settings()
-    signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-    handlers = {number: signal.getsignal(number) for number in signals}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", shlex.split(command))
-        try:
-            SCRIPTS[sys.argv[0]].main()
-        except SystemExit as e:
-            return e.code
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-    return 0
-
-
-@pytest.fixture(scope="session")
-def prepared(tmp_path_factory):
-    """A folder with data/tiny, data/other (of another tokenizer) and tiny.py, the config of a tiny run."""
-    folder = tmp_path_factory.mktemp("prepared")
-    lines = ["def f(x):\n", "    return x\n", "import os\n", "s = 'é€'\n", "for i in range(9):\n"]
-    draw = random.Random(1)
-    for i in range(12):
-        (folder / f"{i}.txt").write_text("".join(draw.choices(lines, k=200)), encoding="utf-8")
-    common = f"prepare.py --dataset='{folder}/*.txt' --data_dir={folder}/data --val_fraction=0.2"
-    assert run(f"{common} --name=tiny --tokenizer=bytes") == 0
-    assert run(f"{common} --name=other --tokenizer=bpe --vocab_size=270") == 0
-    (folder / "tiny.py").write_text(TINY)
-    return folder
-
-
-@pytest.fixture
-def here(prepared, tmp_path, monkeypatch):
-    """A copy of `prepared`, as the current folder. Settings are restored at the end."""
-    monkeypatch.chdir(shutil.copytree(prepared, tmp_path / "here"))
-    yield
-    forget_settings()
-
-
-@pytest.fixture(scope="session")
-def whole(prepared, tmp_path_factory):
-    """The out_dir of a tiny run that nothing interrupted."""
-    out_dir = tmp_path_factory.mktemp("whole") / "out"
-    assert run(f"train.py {prepared}/tiny.py --dataset={prepared}/data/tiny --out_dir={out_dir}") == 0
-    return out_dir
-
-
-def checkpoint(name="ckpt.pt", out_dir="out"):
-    return torch.load(os.path.join(out_dir, name), weights_only=True)
-
-
-def frozen(value):
-    """`value` with all tensors as bytes, so that == compares to the last bit."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.shape, value.numpy().tobytes()
-    if isinstance(value, dict):
-        return {key: frozen(v) for key, v in value.items()}
-    return [frozen(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def state(name="ckpt.pt", out_dir="out"):
-    """All of a checkpoint that decides how training goes on, to the last bit."""
-    kept = ("model", "scaler", "step", "best_val_loss", "best_l0")
-    saved = checkpoint(name, out_dir)
-    return {key: frozen(saved[key]) for key in kept} | {"optimizer": frozen(saved["optimizer"]["state"])}
-
-
-def weights(out_dir="out"):
-    return frozen(checkpoint(out_dir=out_dir)["model"])
-
-
-def log(out_dir="out", without=()):
-    with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as f:
-        return [{k: v for k, v in json.loads(line).items() if k not in without} for line in f]
-
-
-def assert_ended_alike(out_dir, whole):
-    """Two runs left the same bytes: weights, optimizer, best model, and a log without their speed."""
-    assert state(out_dir=out_dir) == state(out_dir=whole)
-    assert state("best.pt", out_dir) == state("best.pt", whole)
-    assert log(out_dir, without=SPEED) == log(whole, without=SPEED)
-
-
-def call_before(patch, name, action):
-    """Make `action(*arguments)` run before each call of the function `name` by train.py."""
-    original = getattr(train, name)
-
-    def wrapper(*arguments, **keywords):
-        action(*arguments, **keywords)
-        return original(*arguments, **keywords)
-
-    patch.setattr(train, name, wrapper)
-
-
-def at_step(step, action):
-    """For `call_before(patch, "update_", ...)`: `action()` at one step only."""
-    return lambda model, optimizer, scaler, now: action() if now == step else None
-
-
-def interrupted_run(command, step):
-    """`run`, with a SIGINT to the process in the middle of `step`."""
-    with pytest.MonkeyPatch.context() as patch:
-        call_before(patch, "update_", at_step(step, lambda: os.kill(os.getpid(), signal.SIGINT)))
-        return run(command)
-
-
-def test_a_run_makes_max_iters_updates(here, monkeypatch):
-    """Updates 0 .. max_iters - 1 are made, once each, and the checkpoint counts them."""
-    steps = []
-    call_before(monkeypatch, "update_", lambda model, optimizer, scaler, step: steps.append(step))
-    assert run("train.py tiny.py --max_iters=7") == 0
-    assert steps == list(range(7))
-    assert checkpoint()["step"] == 7
-
-
-def test_the_seed_alone_decides_the_weights(here, whole):
-    """The same seed gives the same bytes twice, in weights, optimizer and log; another seed gives others."""
-    assert run("train.py tiny.py --out_dir=same") == run("train.py tiny.py --out_dir=other --seed=2") == 0
-    assert_ended_alike("same", whole)
-    assert weights("other") != weights(whole)
-
-
-@pytest.mark.parametrize("change", [
-    "--eval_interval=5", "--eval_interval=100 --eval_iters=7", "--wandb_log=True", "--log_every_n_steps=0",
-    "--log_gradients_every_n_steps=1 --log_weights_every_n_steps=1 --log_sparsity_every_n_steps=1"])
-def test_watching_changes_nothing(here, whole, change, monkeypatch):
-    """Evaluation and logging, whenever they happen, leave the weights as they are to the last bit."""
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert run(f"train.py tiny.py {change}") == 0
-    assert weights() == weights(whole)
 
 
 def test_data_order_is_a_function_of_seed_step_and_micro_step(choose):
@@ -1204,8 +1028,6 @@ def test_data_order_is_a_function_of_seed_step_and_micro_step(choose):
 
 def test_every_window_is_drawn(choose):
     """Of data with two windows both are drawn, the last one too; the last token is a target."""
-    import train
-    from test_sparsity import CPU
     choose(block_size=8, batch_size=64)
     data = runs.Data(np.arange(10, dtype="<u2"), None, {}, "")
     x, y = train.training_batch(data, 0, 0, CPU)
@@ -1233,31 +1055,3 @@ def test_gradients_are_those_of_the_mean_over_micro_batches(choose):
         torch.testing.assert_close(found, gradients, rtol=1e-4, atol=1e-7)
     assert loss_0 != loss_1
     assert len(unshared) == 2  # the first of each rank's two micro-batches: DDP averages at the last
-
-
-@pytest.mark.parametrize("step", [0, 5, 7, 11])
-def test_resume_equals_uninterrupted(here, whole, step):
-    """A run stopped by a signal and resumed, with no flag but where it is, ends like one never stopped:
-    weights, optimizer, best model and log, in which no record is lost or doubled."""
-    assert interrupted_run("train.py tiny.py", step) == 0
-    assert checkpoint()["step"] == step + 1
-    assert run("train.py --init_from=resume --out_dir=out") == 0
-    assert_ended_alike("out", whole)
-
-
-@pytest.mark.slow
-def test_two_ranks_equal_one_with_twice_the_accumulation(here):
-    """Two ranks see the data that one process sees, and end with its weights, losses and nonzeros."""
-    command = "train.py tiny.py --max_iters=60 --eval_interval=10"
-    assert run(command) == 0
-    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2"
-    subprocess.run([sys.executable, *shlex.split(f"{launcher} {REPO}/{command} --out_dir=two")], check=True,
-                   env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
-    one, two = checkpoint()["model"], checkpoint(out_dir="two")["model"]
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-4)
-        assert two[name].count_nonzero() == weight.count_nonzero()
-    for ours, theirs in zip(log(without=SPEED), log("two", without=SPEED), strict=True):
-        assert ours.keys() == theirs.keys()
-        for key in ours.keys() & {"loss", "train/loss", "val/loss", "lr", "tokens", "sparsity/nonzero"}:
-            assert theirs[key] == pytest.approx(ours[key], rel=1e-4)

@@ -14,7 +14,7 @@ import math
 import os
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -230,28 +230,9 @@ def record_of_update(model, step, loss, rms, seconds):
     return record
 
 
-@dataclass
-class Run:
-    """A run as it stands, between two updates."""
-
-    process: runs.Process
-    data: runs.Data
-    model: GPT  # neither compiled nor wrapped: what is saved
-    optimizer: torch.optim.Adam
-    scaler: torch.amp.GradScaler
-    step: int = 0  # updates made
-    best: tuple = (1.0, math.inf)  # L0 and val loss of best.pt
-    log: runs.Log | None = None  # the first rank's
-
-    def save(self, name):
-        runs.save_checkpoint(
-            os.path.join(out_dir, name), self.model, self.optimizer, self.scaler, step=self.step,
-            settings=configurator.settings_of(globals()), best_l0=self.best[0], best_val_loss=self.best[1],
-            tokenizer_sha256=self.data.meta["tokenizer_sha256"], wandb_id=self.log.wandb_id)
-
-
 def evaluate_and_save(run):
-    runs.check_ranks_agree(run.model, run.process, run.step, out_dir)
+    """What happens at every evaluation. Nothing is saved of ranks that differ, or of a loss that is none."""
+    runs.check_ranks_agree(run)
     losses = measures.estimate_loss(run.model, run.data, run.process, eval_iters, batch_size)
     if not math.isfinite(losses["val/loss"]):
         runs.stop(f"at step {run.step} the val loss is {losses['val/loss']}", out_dir)
@@ -266,8 +247,8 @@ def evaluate_and_save(run):
 
 
 def train(run):
-    """Make the updates from run.step on, with all that goes on around them."""
-    readings = runs.Readings(run.process, run.scaler, out_dir)
+    """Make the updates from run.step on, with all that goes on around them. `run` is a runs.Run."""
+    readings = runs.Readings(run)
     measures.watch_activations(run.model)
     if compile:
         runs.compile_blocks(run.model, run.process)
@@ -301,7 +282,7 @@ def train(run):
             seconds, updates = 0.0, 0
 
         if stopping:
-            runs.check_ranks_agree(run.model, run.process, run.step, out_dir)
+            runs.check_ranks_agree(run)
             if run.log:
                 run.save("ckpt.pt")
                 print(f"stopped before step {run.step}; go on with: {runs.resume_command()}", flush=True)
@@ -351,11 +332,6 @@ def build_model(start, vocab_size, given):
         if getattr(asked, name) != has:
             fail(f"{name}={globals()[name]!r} contradicts the model to go on with, which has {has!r}: leave "
                  "the setting out, or start anew in another --out_dir")
-    if vocab_size > model.config.vocab_size:
-        fail(f"the data's vocabulary of {vocab_size} exceeds the model's {model.config.vocab_size}: prepare "
-             "the data with the model's tokenizer")
-    if not all(p.requires_grad for p in model.parameters()):
-        fail("the bigram table of this model is marked as fixed: it can be sampled from, not trained, here")
     smallest = model.smallest_l0(min_weights_per_neuron)
     if target_l0_fraction < smallest:
         fail(f"target_l0_fraction={target_l0_fraction:.6g} is too small for min_weights_per_neuron="
@@ -384,8 +360,8 @@ def begin(run, checkpoint, before):
         print(f"changed since the checkpoint: {changed} ({before} -> {rates_after(run.step)}){kept}")
     run.log = runs.Log(out_dir, run.step, evaluates(run.step), checkpoint and checkpoint.get("wandb_id"))
     if wandb_log:
-        run.log.start_wandb(wandb_project, wandb_run_name, configurator.settings_of(globals()))
-    runs.write_settings(out_dir, configurator.settings_of(globals()), run.process)
+        run.log.start_wandb(wandb_project, wandb_run_name, run.settings)
+    runs.write_settings(run)
     print(f"settings that are not the defaults: {configurator.difference(globals(), DEFAULTS) or 'none'}")
     n = sum(p.numel() for p in run.model.parameters())
     pruned = sum(p.numel() for _, p, _ in run.model.sparse_parameters() if p.ndim == 2)
@@ -413,20 +389,16 @@ def main():
     data = runs.load_data(os.path.join("data", dataset), block_size)
     torch.manual_seed(seed)  # for the weights
     if start:
-        runs.check_tokenizer(start, tokenizer_path, data.meta)
+        runs.check_start(start, tokenizer_path, data.meta)
     model = build_model(start, data.meta["vocab_size"], given).to(process.device)
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
-    run = Run(process, data, model, build_optimizer(model), scaler)
+    run = runs.Run(configurator.settings_of(globals()), process, data, model, build_optimizer(model), scaler)
     if checkpoint:
-        runs.restore_(checkpoint, model, run.optimizer, scaler)
-        run.step, run.best = checkpoint["step"], (checkpoint["best_l0"], checkpoint["best_val_loss"])
-        if run.step > max_iters:
-            fail(f"max_iters={max_iters} is less than the {run.step} updates that this run has made: raise "
-                 "it")
+        run.restore_(checkpoint)
     with runs.claim_out_dir(out_dir) if process.rank == 0 else nullcontext():
         if process.rank == 0:
             begin(run, checkpoint, before)
-        checkpoint = start = None  # it takes three times the memory of the model
+        checkpoint = None  # it takes three times the memory of the model
         train(run)
     if run.log:
         run.log.close()

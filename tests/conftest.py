@@ -1,8 +1,11 @@
-"""What the tests in this folder share: the fixtures of test_sparsity.py, a folder with a run that was
-interrupted, and the means to start scripts in processes of their own, to break them and to kill them.
+"""What the tests in this folder share: a folder with small data and the config of a tiny run, one with a run
+that was interrupted, and the means to run scripts in this process or in others, to break them and to kill
+them.
 """
 import hashlib
+import json
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -13,14 +16,160 @@ import time
 
 import pytest
 import tiktoken
+import torch
 
-import test_sparsity
-from test_sparsity import REPO, interrupted_run
+import circuit
+import kernels
+import prepare
+import sample
+import train
+from configurator import settings_of
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when `datasets` is first imported: look-ups fail at once
+torch.set_num_threads(1)  # the tensors here are small: more threads would wait for each other
 
-choose, prepared, here, whole = (
-    test_sparsity.choose, test_sparsity.prepared, test_sparsity.here, test_sparsity.whole)
+# ----------------------------------------------------------------------------------------------------------
+# scripts in this process, and what they leave
+
+REPO = os.path.dirname(os.path.abspath(train.__file__))
+SCRIPTS = {"circuit.py": circuit, "prepare.py": prepare, "sample.py": sample, "train.py": train}
+DEFAULTS = {name: settings_of(vars(script)) for name, script in SCRIPTS.items()}
+
+TINY = """
+dataset = "tiny"
+n_layer = 1
+d_model = 16
+d_head = 8
+block_size = 16
+dropout = 0.1  # so that all runs draw random numbers
+use_bigram_table = False
+target_l0_fraction = 1 / 4
+learning_rate = 1e-2
+batch_size = 2
+gradient_accumulation_steps = 2
+max_iters = 12
+eval_interval = 4
+eval_iters = 2
+device = "cpu"
+compile = False
+"""
+SPEED = ("tokens_per_second", "seconds_left")  # what no two runs log alike
+
+
+def forget_settings():
+    """Give all scripts the settings that a new process would start with."""
+    for name, script in SCRIPTS.items():
+        for key in settings_of(vars(script)).keys() - DEFAULTS[name].keys():
+            del vars(script)[key]
+        vars(script).update(DEFAULTS[name])
+
+
+def run(command):
+    """What the command line `command` does, such as 'train.py tiny.py', in this process; its exit status."""
+    forget_settings()
+    signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    handlers = {number: signal.getsignal(number) for number in signals}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", shlex.split(command))
+        patch.setattr(kernels, "enabled", True)  # afterwards it is, whatever the script set
+        try:
+            SCRIPTS[sys.argv[0]].main()
+        except SystemExit as e:
+            return e.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return 0
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A folder with data/tiny, data/other (of another tokenizer) and tiny.py, the config of a tiny run."""
+    folder = tmp_path_factory.mktemp("prepared")
+    lines = ["def f(x):\n", "    return x\n", "import os\n", "s = 'é€'\n", "for i in range(9):\n"]
+    draw = random.Random(1)
+    for i in range(12):
+        (folder / f"{i}.txt").write_text("".join(draw.choices(lines, k=200)), encoding="utf-8")
+    common = f"prepare.py --dataset='{folder}/*.txt' --data_dir={folder}/data --val_fraction=0.2"
+    assert run(f"{common} --name=tiny --tokenizer=bytes") == 0
+    assert run(f"{common} --name=other --tokenizer=bpe --vocab_size=270") == 0
+    (folder / "tiny.py").write_text(TINY)
+    return folder
+
+
+@pytest.fixture
+def here(prepared, tmp_path, monkeypatch):
+    """A copy of `prepared`, as the current folder. Settings are restored at the end."""
+    monkeypatch.chdir(shutil.copytree(prepared, tmp_path / "here"))
+    yield
+    forget_settings()
+
+
+@pytest.fixture(scope="session")
+def whole(prepared, tmp_path_factory):
+    """The out_dir of a tiny run that nothing interrupted."""
+    out_dir = tmp_path_factory.mktemp("whole") / "out"
+    assert run(f"train.py {prepared}/tiny.py --dataset={prepared}/data/tiny --out_dir={out_dir}") == 0
+    return out_dir
+
+
+def checkpoint(name="ckpt.pt", out_dir="out"):
+    return torch.load(os.path.join(out_dir, name), weights_only=True)
+
+
+def frozen(value):
+    """`value` with all tensors as bytes, so that == compares to the last bit."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: frozen(v) for key, v in value.items()}
+    return [frozen(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def state(name="ckpt.pt", out_dir="out"):
+    """All of a checkpoint that decides how training goes on, to the last bit."""
+    kept = ("model", "scaler", "step", "best_val_loss", "best_l0")
+    saved = checkpoint(name, out_dir)
+    return {key: frozen(saved[key]) for key in kept} | {"optimizer": frozen(saved["optimizer"]["state"])}
+
+
+def weights(out_dir="out"):
+    return frozen(checkpoint(out_dir=out_dir)["model"])
+
+
+def log(out_dir="out", without=()):
+    with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as f:
+        return [{k: v for k, v in json.loads(line).items() if k not in without} for line in f]
+
+
+def assert_ended_alike(out_dir, whole):
+    """Two runs left the same bytes: weights, optimizer, best model, and a log without their speed."""
+    assert state(out_dir=out_dir) == state(out_dir=whole)
+    assert state("best.pt", out_dir) == state("best.pt", whole)
+    assert log(out_dir, without=SPEED) == log(whole, without=SPEED)
+
+
+def call_before(patch, name, action, owner=train):
+    """Make `action(*arguments)` run before each call of the function `name` of a module or a class."""
+    original = getattr(owner, name)
+
+    def wrapper(*arguments, **keywords):
+        action(*arguments, **keywords)
+        return original(*arguments, **keywords)
+
+    patch.setattr(owner, name, wrapper)
+
+
+def at_step(step, action):
+    """For `call_before(patch, "update_", ...)`: `action()` at one step only."""
+    return lambda model, optimizer, scaler, now: action() if now == step else None
+
+
+def interrupted_run(command, step):
+    """`run`, with a SIGINT to the process in the middle of `step`."""
+    with pytest.MonkeyPatch.context() as patch:
+        call_before(patch, "update_", at_step(step, lambda: os.kill(os.getpid(), signal.SIGINT)))
+        return run(command)
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import finish, launch, read, tree
+from conftest import call_before, checkpoint, finish, launch, read, run, tree
 from model import LOCATIONS, GPTConfig
-from test_sparsity import call_before, checkpoint, run
 
 ILLEGAL = [
     ({"n_layer": 0}, ["n_layer=0", "at least 1"]),

@@ -17,10 +17,10 @@ import circuit
 from circuits import controls as asked
 from circuits import picture, search
 from circuits.nodes import Contexts, Nodes, count, means_over, node_sites, survival
-from conftest import read
+from conftest import REPO, read, run
 from model import GPT, GPTConfig
 from runs import load_checkpoint, model_of
-from test_sparsity import REPO, run, some_tokens, tiny_model
+from test_sparsity import some_tokens, tiny_model
 
 A, B, E, X, Y = 0, 1, 4, 5, 6  # tokens; 2 and 3 are a and b, and all others say nothing
 T = 12

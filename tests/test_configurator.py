@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from configurator import configure
+from configurator import adopt, configure, difference
 from test_sparsity import few
 
 
@@ -213,3 +213,30 @@ def test_only_one_process_of_a_machine_prints_the_error(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         configure(script(), ["--zz=3"])
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_run_goes_on_with_its_settings_but_for_those_given():
+    """The earlier run's win over the defaults, those given now win over both; while the schedules are looked
+    at all are the earlier run's. What is no setting of the script is not added, nor is anything replaced."""
+    settings, seen = script(), []
+    given = configure(settings, ["--d_model=7", "--start=x"])
+    earlier = {"d_model": 5, "learning_rate": 0.5, "start": "y", "gone": 3, "function": 1, "CONSTANT": 4}
+    look = adopt(settings, earlier, given, lambda: seen.append(dict(settings)) or "looked")
+    assert look == "looked" and seen == [script() | {"d_model": 5, "learning_rate": 0.5, "start": "y"}]
+    assert settings == script() | {"d_model": 7, "learning_rate": 0.5, "start": "x"}
+
+
+def test_without_an_earlier_run_nothing_is_adopted():
+    """The settings are the defaults and what was given."""
+    settings = script()
+    given = configure(settings, ["--d_model=7"])
+    assert adopt(settings, {}, given, lambda: settings["d_model"]) == 7
+    assert settings == script() | {"d_model": 7}
+
+
+def test_the_difference_of_settings_is_written_as_flags_are():
+    """By name in alphabetical order, of those that both have, but for some."""
+    other = script() | {"start": "y", "d_model": 1, "use_bias": False, "gone": 3, "CONSTANT": 5}
+    assert difference(script(), other) == "d_model=64, start='x', use_bias=True"
+    assert difference(script(), other, but={"start"}) == "d_model=64, use_bias=True"
+    assert difference(script(), script()) == difference(script(), {}) == ""

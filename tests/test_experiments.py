@@ -19,9 +19,9 @@ import pytest
 import torch
 
 import runs
+from conftest import REPO, checkpoint
 from experiments import ablations, circuit_sizes, evaluate, plot
 from model import GPT, GPTConfig
-from test_sparsity import REPO, checkpoint
 
 # ----------------------------------------------------------------------------------------------------------
 # experiments/ablations.py

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import kernels
 import runs
-from conftest import finish, launch, read
+from conftest import checkpoint, finish, launch, log, read
 from kernels import SparseLinear, keep_largest, use_sparse_linears_, zero_where_not
 from model import (
     GPT,
@@ -30,9 +30,7 @@ from test_sparsity import (
     DTYPES,
     SINK_LOSSES,
     assert_close,
-    checkpoint,
     few,
-    log,
     plain_abs_topk,
     plain_greedy,
     plain_heads,

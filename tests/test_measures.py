@@ -13,20 +13,9 @@ import torch
 
 import measures
 import runs
-from conftest import finish, launch
+from conftest import SPEED, call_before, checkpoint, finish, launch, log, run
 from model import LOCATIONS
-from test_sparsity import (
-    CPU,
-    SPEED,
-    call_before,
-    checkpoint,
-    log,
-    ranks,
-    run,
-    some_data,
-    some_tokens,
-    tiny_model,
-)
+from test_sparsity import CPU, ranks, some_data, some_tokens, tiny_model
 
 PRUNED_GROUPS = ["wte", "lm_head", *(f"{matrix}{end}" for end in ("", ".bias") for matrix in (
     "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"))]
@@ -57,7 +46,7 @@ def test_evaluation_is_fixed_complete_and_shared(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(measures, "windows", lambda tokens, starting, *rest: (
             starts[len(tokens)].extend(starting), runs.windows(tokens, starting, *rest))[1])
-        record = measures.evaluate(model, data, CPU, 3, 2)
+        record = measures.estimate_loss(model, data, CPU, 3, 2)
     assert model.training and torch.equal(torch.get_rng_state(), random_state)
     for split, tokens in (("train", data.train), ("val", data.val)):
         first, *between, last = starts[len(tokens)]
@@ -65,11 +54,12 @@ def test_evaluation_is_fixed_complete_and_shared(monkeypatch):
         rows = torch.tensor(np.array([tokens[start:start + 9] for start in starts[len(tokens)]], int))
         nats = model.eval()(rows[:, :-1], rows[:, 1:])[1].item()
         assert record[f"{split}/loss"] == pytest.approx(nats)
-        shares = [measures.evaluate(model, data, process, 3, 2)[f"{split}/loss"] for process in ranks(2)]
+        shares = [measures.estimate_loss(model, data, process, 3, 2) for process in ranks(2)]
+        shares = [share[f"{split}/loss"] for share in shares]
         assert nats == pytest.approx(sum(shares)) and min(shares) > 0
         bits = nats * data.meta[split]["tokens"] / math.log(2)
         assert record[f"{split}/bits_per_byte"] == pytest.approx(bits / data.meta[split]["bytes"])
-    assert measures.evaluate(model, data, CPU, 3, 2) == record
+    assert measures.estimate_loss(model, data, CPU, 3, 2) == record
 
 
 @pytest.mark.parametrize("every", [(2, 3, 4, 5, 6), (5, 1, 0, 2, 100), (0, 0, 7, 0, 1)])
@@ -164,8 +154,6 @@ def test_weight_statistics_are_those_of_numpy():
 
 def test_gradient_statistics_are_those_of_the_unscaled_loss():
     """float16's loss is scaled; the norms that are logged are of the gradients without that."""
-    import measures
-    from test_sparsity import tiny_model
     found, m = [], tiny_model()
     for scale in (1.0, 1024.0):
         m.zero_grad()

@@ -15,8 +15,25 @@ import time
 import pytest
 import torch
 
-from conftest import family, finish, kill, launch, printed, read, tree, wait_for
-from test_sparsity import REPO, SPEED, assert_ended_alike, checkpoint, frozen, log, run, state, weights
+from conftest import (
+    REPO,
+    SPEED,
+    assert_ended_alike,
+    checkpoint,
+    family,
+    finish,
+    frozen,
+    kill,
+    launch,
+    log,
+    printed,
+    read,
+    run,
+    state,
+    tree,
+    wait_for,
+    weights,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -26,9 +43,9 @@ pytestmark = pytest.mark.slow
 LONG = "train.py tiny.py --max_iters=60 --eval_interval=10 --log_every_n_steps=5"
 KEEP_EACH_RANKS_WEIGHTS = """
 loop = train.train
-def watched_loop(process, data, model, *rest):
-    loop(process, data, model, *rest)
-    torch.save(model.state_dict(), f"rank{process.rank}.pt")
+def watched_loop(run):
+    loop(run)
+    torch.save(run.model.state_dict(), f"rank{run.process.rank}.pt")
 train.train = watched_loop
 """
 
@@ -48,6 +65,23 @@ def test_ranks_stay_bit_identical(two_ranks):
     """After 60 updates both ranks hold the same bytes, and they are what was saved."""
     first, second = (frozen(torch.load(two_ranks / f"rank{rank}.pt", weights_only=True)) for rank in (0, 1))
     assert first == second == weights(two_ranks / "out")
+
+
+def test_two_ranks_equal_one_with_twice_the_accumulation(here):
+    """Two ranks see the data that one process sees, and end with its weights, losses and nonzeros."""
+    command = "train.py tiny.py --max_iters=60 --eval_interval=10"
+    assert run(command) == 0
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2"
+    subprocess.run([sys.executable, *shlex.split(f"{launcher} {REPO}/{command} --out_dir=two")], check=True,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+    one, two = checkpoint()["model"], checkpoint(out_dir="two")["model"]
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-4)
+        assert two[name].count_nonzero() == weight.count_nonzero()
+    for ours, theirs in zip(log(without=SPEED), log("two", without=SPEED), strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in ours.keys() & {"loss", "train/loss", "val/loss", "lr", "tokens", "sparsity/nonzero"}:
+            assert theirs[key] == pytest.approx(ours[key], rel=1e-4)
 
 
 DIVERGE = """
@@ -84,7 +118,7 @@ train.gradients_of_step = broken_gradients
     ids=["diverge", "nan", "nan on one rank alone"])
 def test_two_ranks_stop_together(here, fault, step, complaint):
     """A weight that differs by one bit between ranks, or a NaN in one rank's gradient, stops both: at step
-    26 nothing is logged, so it is read a step late.
+    26 nothing is logged, so it is read later, but before anything is saved.
     The message names the step and the last checkpoint, which is not overwritten."""
     process = launch(LONG, ranks=2, fault=fault)
     status, error = finish(process)
@@ -121,9 +155,9 @@ def test_the_death_of_a_rank_ends_the_other(two_ranks, here, rank):
 
 @pytest.mark.parametrize("everyone", [False, True])
 def test_sigterm_to_torchrun(two_ranks, here, everyone):
-    """SIGTERM to torchrun, or to every process, to which torchrun then adds its own: both ranks finish the
-    step, one checkpoint is written and the command to resume is printed; resumed, the run ends as if it had
-    not been stopped."""
+    """SIGTERM to torchrun, or to every process, to which torchrun then adds its own: both ranks stop after
+    the same step, within about five seconds, as many steps here; one checkpoint is written and the command
+    to resume is printed; resumed, the run ends as if it had not been stopped."""
     process = launch(LONG, ranks=2, fault="""
         update_ = train.update_
         def slow_update_(model, optimizer, scaler, step):
@@ -136,7 +170,7 @@ def test_sigterm_to_torchrun(two_ranks, here, everyone):
         os.kill(pid, signal.SIGTERM)
     finish(process)
     stopped = re.search(r"stopped before step (\d+); go on with: (torchrun .*)", read("stdout.txt"))
-    assert stopped and checkpoint()["step"] == int(stopped[1]) in range(16, 20)
+    assert stopped and checkpoint()["step"] == int(stopped[1]) in range(16, 21)
     launcher, ranks, script, *arguments = shlex.split(stopped[2])
     assert (launcher, ranks, os.path.basename(script)) == ("torchrun", "--nproc_per_node=2", "faulty.py")
     status, error = finish(launch(shlex.join(["train.py", *arguments]), ranks=2))

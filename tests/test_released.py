@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import released
-from conftest import read
+from conftest import checkpoint, frozen, read, run, weights
 from kernels import use_sparse_linears_
 from model import AbsTopK, GPTConfig
-from test_sparsity import checkpoint, frozen, run, tiny_model, weights
+from test_sparsity import tiny_model
 
 
 def edit_released(folder, tensors=None, **keys):

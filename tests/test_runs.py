@@ -1,6 +1,6 @@
 """Runs, in this process: what a checkpoint holds and how a run goes on from it, whatever ended it: a signal,
-a crash, a full disk, a number that is none. What a run computes is in test_sparsity.py, what happens to runs
-in processes of their own in test_processes.py.
+a crash, a full disk, a number that is none. What a step computes is in test_sparsity.py, what happens to
+runs in processes of their own in test_processes.py.
 """
 import errno
 import fcntl
@@ -10,6 +10,7 @@ import math
 import os
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +19,11 @@ import numpy as np
 import pytest
 import torch
 
+import kernels
+import measures
 import runs
 import train
-from conftest import read, tree
-from test_sparsity import (
+from conftest import (
     REPO,
     assert_ended_alike,
     at_step,
@@ -29,8 +31,10 @@ from test_sparsity import (
     checkpoint,
     interrupted_run,
     log,
+    read,
     run,
     state,
+    tree,
     weights,
 )
 
@@ -39,6 +43,32 @@ def test_one_update_is_the_shortest_run(here):
     """max_iters=1 trains, evaluates before and after, and ends."""
     assert run("train.py tiny.py --max_iters=1") == 0
     assert [record["step"] for record in log()] == [0, 0, 1]
+
+
+def test_a_run_makes_max_iters_updates(here, monkeypatch):
+    """Updates 0 .. max_iters - 1 are made, once each, and the checkpoint counts them."""
+    steps = []
+    call_before(monkeypatch, "update_", lambda model, optimizer, scaler, step: steps.append(step))
+    assert run("train.py tiny.py --max_iters=7") == 0
+    assert steps == list(range(7))
+    assert checkpoint()["step"] == 7
+
+
+def test_the_seed_alone_decides_the_weights(here, whole):
+    """The same seed gives the same bytes twice, in weights, optimizer and log; another seed gives others."""
+    assert run("train.py tiny.py --out_dir=same") == run("train.py tiny.py --out_dir=other --seed=2") == 0
+    assert_ended_alike("same", whole)
+    assert weights("other") != weights(whole)
+
+
+@pytest.mark.parametrize("change", [
+    "--eval_interval=5", "--eval_interval=100 --eval_iters=7", "--wandb_log=True", "--log_every_n_steps=0",
+    "--log_gradients_every_n_steps=1 --log_weights_every_n_steps=1 --log_sparsity_every_n_steps=1"])
+def test_watching_changes_nothing(here, whole, change, monkeypatch):
+    """Evaluation and logging, whenever they happen, leave the weights as they are to the last bit."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert run(f"train.py tiny.py {change}") == 0
+    assert weights() == weights(whole)
 
 
 def test_importing_train_has_no_side_effects(tmp_path):
@@ -58,6 +88,16 @@ def test_some_of_torchruns_variables_are_no_torchrun(here, monkeypatch):
 
 # ----------------------------------------------------------------------------------------------------------
 # checkpoints
+
+
+@pytest.mark.parametrize("step", [0, 5, 7, 11])
+def test_resume_equals_uninterrupted(here, whole, step):
+    """A run stopped by a signal and resumed, with no flag but where it is, ends like one never stopped:
+    weights, optimizer, best model and log, in which no record is lost or doubled."""
+    assert interrupted_run("train.py tiny.py", step) == 0
+    assert checkpoint()["step"] == step + 1
+    assert run("train.py --init_from=resume --out_dir=out") == 0
+    assert_ended_alike("out", whole)
 
 
 def test_resume_after_a_crash(here, whole):
@@ -143,9 +183,8 @@ def test_the_log_is_json_whatever_is_measured(tmp_path):
         assert f.read() == '{"step": 3, "gradients/norm_max": null, "a": null, "b": 1}\n'
 
 
-@pytest.mark.parametrize("text", ["", '{"step": 1, "loss": 2.5}\n',
-                                  '{"step": 1}\n{"step": 2}\n{"step": 3, "lo',
-                                  '{"step": 1}\n{"step": 2}'])
+@pytest.mark.parametrize("text", [
+    "", '{"step": 1, "a": 2.5}\n', '{"step": 1}\n{"step": 2}\n{"step": 3, "lo', '{"step": 1}\n{"step": 2}'])
 def test_a_log_is_read_without_the_line_that_was_torn(tmp_path, text):
     """All whole lines are records; what a killed run began to write is none."""
     (tmp_path / "log.jsonl").write_text(text)
@@ -190,6 +229,160 @@ def test_a_checkpoint_sets_settings_only(trained, monkeypatch):
     assert found == [False] * 6 and callable(train.l0_at)
 
 
+def test_a_checkpoint_names_what_it_holds(trained):
+    """Adam's moments have the names of their parameters; what earlier checkpoints held is there."""
+    saved = checkpoint()
+    names = [name for name, _ in runs.model_of(saved).named_parameters()]
+    assert list(saved["optimizer"]["state"]) == names
+    assert all(moments.keys() == {"step", "exp_avg", "exp_avg_sq"} and moments["step"] == 6
+               for moments in saved["optimizer"]["state"].values())
+    assert saved["torch"] == torch.__version__
+
+
+def by_number(saved):
+    """A checkpoint as it was before moments had names."""
+    moments = dict(enumerate(saved["optimizer"]["state"].values()))
+    groups = [{"lr": 0.5, "betas": (0.1, 0.1), "eps": 9.0, "params": list(moments)}]
+    saved["optimizer"] = {"state": moments if saved["step"] else {}, "param_groups": groups}
+
+
+@pytest.mark.parametrize("step", [5, None], ids=["step 5", "before the first update"])
+def test_a_checkpoint_of_numbered_moments_goes_on(here, whole, step, monkeypatch):
+    """As earlier versions wrote it, also before the first update, when there were none."""
+    if step is None:
+        with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+            call_before(patch, "update_", at_step(0, lambda: (_ for _ in ()).throw(ConnectionError)))
+            run("train.py tiny.py")
+    else:
+        assert interrupted_run("train.py tiny.py", step) == 0
+    saved = checkpoint()
+    by_number(saved)
+    torch.save(saved, "out/ckpt.pt")
+    assert run("train.py --init_from=resume") == 0
+    assert_ended_alike("out", whole)
+
+
+GAIN, HEAD = "transformer.ln_f.weight", "lm_head.weight"
+SPOILT_MOMENTS = {
+    "one is of another shape": lambda m: m[GAIN].update(exp_avg=torch.zeros(3)),
+    "one has no second moment": lambda m: m[GAIN].pop("exp_avg_sq"),
+    "one is no tensor": lambda m: m[GAIN].update(exp_avg=[0.0] * 16),
+    "one counts its steps in a vector": lambda m: m[GAIN].update(step=torch.zeros(2)),
+    "two are exchanged": lambda m: m.update({GAIN: m[HEAD], HEAD: m[GAIN]}),
+    "one is missing": lambda m: m.pop(GAIN),
+    "one is None": lambda m: m.update({GAIN: None}),
+    "all are missing": lambda m: m.clear(),
+    "one is too many": lambda m: m.update({"new.weight": m[GAIN]}),
+}
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+@pytest.mark.parametrize("spoil", SPOILT_MOMENTS)
+def test_moments_that_do_not_fit_are_refused_by_name(trained, spoil, numbered, capsys):
+    """By the names of their parameters or, as they once were, by number: one line names the parameter."""
+    saved = checkpoint()
+    SPOILT_MOMENTS[spoil](saved["optimizer"]["state"])
+    if numbered:
+        names = list(runs.model_of(saved).state_dict())
+        moments = {names.index(name) if name in names else 99: found
+                   for name, found in saved["optimizer"]["state"].items()}
+        saved["optimizer"] = {"state": moments, "param_groups": []}
+    torch.save(saved, "out/ckpt.pt")
+    before = tree("out")
+    assert run("train.py --init_from=resume") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    named = {"one is too many": "99" if numbered else "new.weight", "two are exchanged": ""}.get(spoil, "")
+    assert line.startswith("error: ") and "moments of " in line and named in line
+    assert spoil in ("one is too many", "all are missing", "two are exchanged") or GAIN in line
+    assert tree("out") == before
+
+
+def test_a_parameter_that_no_update_reaches_has_no_moments(here, monkeypatch):
+    """A fork may have one: its run is saved and goes on."""
+    def forget(model, optimizer, scaler, step):
+        model.transformer.h[0].attn.sink_logit.grad = None
+
+    call_before(monkeypatch, "update_", forget)
+    assert interrupted_run("train.py tiny.py", 5) == 0
+    assert checkpoint()["optimizer"]["state"]["transformer.h.0.attn.sink_logit"] == {}
+    assert run("train.py --init_from=resume") == 0
+    assert checkpoint()["step"] == 12
+
+
+def test_the_settings_of_a_run_are_printed_and_kept(here, monkeypatch, capsys):
+    """Printed are those that are not the defaults. settings.json has all, with what the run was made by and
+    on; outside of a git checkout it says so."""
+    assert run("train.py tiny.py --max_iters=1 --activation=relu") == 0
+    [line] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("settings")]
+    changed = dict(item.split("=") for item in line.split("defaults: ")[1].split(", "))
+    assert changed.keys() - {"device"} == {
+        "activation", "batch_size", "block_size", "compile", "d_head", "d_model", "dataset", "dropout",
+        "eval_interval", "eval_iters", "gradient_accumulation_steps", "learning_rate", "max_iters",
+        "n_layer", "target_l0_fraction", "use_bigram_table"}
+    assert (changed["activation"], changed["max_iters"]) == ("'relu'", "1")
+    kept = json.loads(read("out/settings.json"))
+    assert kept["settings"] == checkpoint()["settings"] and kept["settings"]["activation"] == "relu"
+    assert (kept["torch"], kept["numpy"]) == (torch.__version__, np.__version__)
+    assert kept["python"] == sys.version.split()[0] and kept["device"]
+    if kept["commit"] is not None:
+        assert len(kept["commit"]) == 40 and type(kept["clean"]) is bool
+    monkeypatch.setenv("PATH", "")
+    with open("out/settings.json", "w") as f:
+        f.write("nobody reads it")
+    assert run("train.py tiny.py --init_from=resume --max_iters=2") == 0
+    kept = json.loads(read("out/settings.json"))
+    assert (kept["commit"], kept["clean"], kept["settings"]["max_iters"]) == (None, None, 2)
+
+
+def test_settings_of_a_checkout_name_its_commit(tmp_path, monkeypatch):
+    """And whether what ran is what was committed."""
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    made = runs.Run({"out_dir": str(tmp_path), "x": 1}, runs.this_process("cpu"), None, None, None, None)
+
+    def kept():
+        runs.write_settings(made)
+        return json.loads(read(tmp_path / "settings.json"))
+
+    assert (kept()["commit"], kept()["clean"]) == (None, None)
+    for command in ("init -q", "-c user.name=a -c user.email=a@b commit -q --allow-empty -m one"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, check=True)
+    assert (kept()["commit"], kept()["clean"]) == (head.stdout.decode().strip(), False)
+    (tmp_path / ".gitignore").write_text("*")
+    (tmp_path / ".git/info/exclude").write_text("*")
+    assert kept()["clean"] is True and kept()["settings"] == {"out_dir": str(tmp_path), "x": 1}
+
+
+def test_fast_kernels_change_no_choice(here, whole, capsys):
+    """Without them the definitions make the same choices: the run ends at the same bytes, as with dropout
+    its attention is the definition anyway. Samples are the same, too."""
+    assert run("train.py tiny.py --fast_kernels=False --out_dir=plain") == 0
+    assert weights("plain") == weights(whole)
+    capsys.readouterr()
+    texts = []
+    for flag in ("True", "False"):
+        command = f"sample.py --out_dir=plain --temperature=0 --device=cpu --fast_kernels={flag}"
+        assert run(command + " --num_samples=1 --max_new_tokens=30") == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != ""
+
+
+@pytest.mark.parametrize("script", ["train.py tiny.py --max_iters=1", "sample.py --max_new_tokens=1"])
+@pytest.mark.parametrize("fast", [True, False])
+def test_one_setting_switches_all_kernels(trained, script, fast, monkeypatch):
+    """In training and in sampling."""
+    called = []
+    for name in ("abs_topk", "sink_attention", "keep_survivors_", "use_sparse_linears_"):
+        call_before(monkeypatch, name, lambda *arguments, name=name: called.append(name), owner=kernels)
+    assert run(f"{script} --device=cpu --fast_kernels={fast}") == 0
+    expected = {"abs_topk", "sink_attention",
+                "keep_survivors_" if script.startswith("train") else "use_sparse_linears_"}
+    assert set(called) == (expected if fast else set())
+
+
 @pytest.mark.parametrize("source", ["out/base", "out/base/best.pt"])
 def test_a_new_run_begins_with_the_weights_of_another(here, source):
     """A dense run is made sparse in an out_dir of its own, from step 0 and with a fresh optimizer; the first
@@ -212,7 +405,6 @@ def test_a_new_run_begins_with_the_weights_of_another(here, source):
 
 def test_a_new_run_moves_an_old_one_aside(here):
     """Training into an out_dir that holds a run keeps that run's files, byte for byte; so does a third."""
-    from conftest import tree
     assert run("train.py tiny.py --max_iters=4") == 0
     for n in (1, 2):
         before = {name: digest for name, digest in tree("out").items() if not name.startswith("previous-")}
@@ -257,7 +449,7 @@ def test_best_checkpoint(here, monkeypatch, target, losses, best_step):
     def evaluate(*arguments):
         return dict.fromkeys(("train/loss", "val/loss", "val/bits_per_byte"), next(scripted))
 
-    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(measures, "estimate_loss", evaluate)
     assert interrupted_run(f"train.py tiny.py --target_l0_fraction={target}", 6) == 0
     assert run("train.py --init_from=resume") == 0
     best, last = checkpoint("best.pt"), checkpoint()
@@ -269,8 +461,7 @@ def test_best_checkpoint(here, monkeypatch, target, losses, best_step):
 def test_sigint_writes_one_checkpoint_and_says_how_to_resume(here, monkeypatch, capsys):
     """After SIGINT the step is finished, one checkpoint written, and the command to resume printed."""
     saves = []
-    call_before(monkeypatch, "save_checkpoint",
-                lambda path, *rest, **more: saves.append(os.path.basename(path)))
+    call_before(monkeypatch, "save", lambda run, name: saves.append(name), owner=runs.Run)
     assert interrupted_run("train.py tiny.py --out_dir='two words' --eval_interval=100", 5) == 0
     assert saves == ["best.pt", "ckpt.pt", "ckpt.pt"]  # at the evaluation before step 0, and now
     assert checkpoint(out_dir="two words")["step"] == 6
@@ -280,14 +471,94 @@ def test_sigint_writes_one_checkpoint_and_says_how_to_resume(here, monkeypatch, 
     assert checkpoint(out_dir="two words")["step"] == 12
 
 
-@pytest.mark.parametrize("step, end", [(0, 1), (5, 7), (6, 8), (7, 8), (11, 12)])
-def test_where_numbers_are_read_late_a_signal_is_too(here, whole, step, end):
-    """At steps that are not logged the run stops one step later than it was asked to, but before the next
-    evaluation; resumed, it ends like one that was neither stopped nor read late."""
+@pytest.mark.parametrize("seconds, step, end", [
+    (5, 0, 1), (5, 5, 8), (5, 7, 8), (5, 11, 12), (0, 5, 6), (0, 7, 8)])
+def test_a_signal_is_obeyed_where_nothing_is_logged(here, whole, monkeypatch, seconds, step, end):
+    """Steps take milliseconds here: the run stops within the five seconds, which is before its next
+    evaluation, and at once if none may pass; resumed, it ends like one that was not stopped."""
+    monkeypatch.setattr(runs.Readings, "SECONDS", seconds)
     assert interrupted_run("train.py tiny.py --log_every_n_steps=100", step) == 0
     assert checkpoint()["step"] == end
     assert run("train.py --init_from=resume") == 0
     assert state() == state(out_dir=whole) and state("best.pt") == state("best.pt", whole)
+
+
+class TwoRanks:
+    """A process whose other rank has the same numbers but for what is added to its stop signal."""
+    world_size, other_stops = 2, 0
+
+    def sum(self, stopping, seconds, *numbers):
+        values = [2 * stopping + self.other_stops, 2 * seconds, *(2 * x for x in numbers)]
+        return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.fixture
+def readings(monkeypatch):
+    """Readings of one of two ranks, whose clock is at readings.now."""
+    float16 = torch.amp.GradScaler("cpu", init_scale=1.0)
+    made = runs.Readings(runs.Run({"out_dir": "out"}, TwoRanks(), None, None, None, float16))
+    made.now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: made.now)
+    made.last_time = made.now
+    yield made
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def add(readings, steps, seconds, loss=1.0, rms=2.0):
+    for step in steps:
+        assert not readings.are_due()
+        readings.add(step, torch.tensor(loss), torch.tensor(rms))
+        readings.now += seconds
+
+
+def test_numbers_are_read_about_every_five_seconds(readings):
+    """The first update at once; then after as many as took five seconds by the pace of the last, at least
+    one; what is read is the mean over the ranks of the last update."""
+    add(readings, [0], seconds=60)
+    assert readings.are_due() and readings.read() == (1.0, 2.0, False)
+    add(readings, [1], seconds=0.5, loss=3.0)
+    assert readings.are_due() and readings.read() == (3.0, 2.0, False)
+    for _ in range(2):
+        add(readings, range(10), seconds=0.5)
+        assert readings.are_due()
+        readings.read()
+    add(readings, range(3), seconds=2.0)
+    readings.read()  # in between, as something is logged
+    add(readings, range(2), seconds=1.0)
+    assert readings.are_due()
+
+
+def test_a_signal_of_another_rank_is_heard_at_the_next_reading(readings):
+    """And one of this rank's own."""
+    readings.process.other_stops = 1
+    add(readings, [0], seconds=1)
+    assert readings.read() == (1.0, 2.0, True)
+    readings.process.other_stops = 0
+    readings.add(1, torch.tensor(1.0), torch.tensor(2.0))
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert readings.read() == (1.0, 2.0, True)
+
+
+@pytest.mark.parametrize("loss, rms", [(math.nan, 2.0), (math.inf, math.inf), (-math.inf, 2.0)])
+def test_a_loss_that_is_none_is_found_among_those_not_read(readings, capsys, loss, rms):
+    """Though the losses after it are numbers again: the message names its step. An infinite gradient alone
+    is float16's overflow, of which there are some; in any other precision it is as bad."""
+    add(readings, [0], seconds=0.01)
+    readings.read()
+    add(readings, [1, 2], seconds=0.01, rms=math.inf)
+    readings.read()
+    add(readings, [3], seconds=0.01)
+    add(readings, [4], seconds=0.01, loss=loss, rms=rms)
+    add(readings, [5], seconds=0.01)
+    with pytest.raises(SystemExit) as ended:
+        readings.read()
+    assert ended.value.code == 1 and f"at step 4 the loss is {loss}" in capsys.readouterr().err
+    readings.unread, readings.overflows = [], False
+    add(readings, [6], seconds=0.01, rms=math.inf)
+    with pytest.raises(SystemExit):
+        readings.read()
+    assert "at step 6 the loss is 1.0 and the gradients' RMS inf" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------

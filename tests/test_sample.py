@@ -3,8 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import finish, launch
-from test_sparsity import run
+from conftest import finish, launch, run
 
 
 def test_top_k_0_draws_among_all_tokens(trained, capsys):

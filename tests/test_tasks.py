@@ -9,9 +9,8 @@ import textwrap
 import pytest
 
 import prepare
-from conftest import byte_tokenizer
+from conftest import REPO, byte_tokenizer
 from tasks import make
-from test_sparsity import REPO
 from tokenizer import save_tokenizer
 
 FOLDER = os.path.join(REPO, "tasks")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from test_sparsity import REPO
+from conftest import REPO
 
 TORCH = "sys.modules['torch'] = types.SimpleNamespace(__version__='{}')"
 
