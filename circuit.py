@@ -5,34 +5,42 @@
 
 A circuit is a set of nodes (circuits/nodes.py) that does a task while all others are frozen at their mean
 over the training text. Which nodes is learned by gradient descent (Gao et al. 2025, sections 2.2 and A.5).
+Edges between them, and nodes, that the target loss does not need are then removed (circuits/search.py).
 Results go to out_dir/circuits/TASK: circuit.json, from which every loss can be computed again with a few
-hooks, and circuit.png, which circuits/picture.py draws from it.
+hooks, circuit.png, which circuits/picture.py draws from it, and circuit.html, in which the model runs.
 
 From the top: settings, tasks, the search, what is measured of a circuit, controls, the report.
 """
 import json
 import os
 import time
-from functools import partial
 
 import numpy as np
 import torch
 
-from circuits import picture, sceptic
-from circuits.nodes import Contexts, Nodes, count, loss_of, means_over, survival
-from circuits.sceptic import result
-from configurator import check_rules, configure, fail
-from prepare import load_tokenizer
-from runs import load_run, this_process, windows
+import kernels
+from circuits import controls as asked
+from circuits import page as page_of
+from circuits import picture
+from circuits.controls import result
+from circuits.nodes import Contexts, Nodes, count, means_over, survival
+from circuits.search import fit as fit_of
+from circuits.search import loss_at, loss_of, needed
+from configurator import check_rules, configure, fail, settings_of
+from runs import load_run, this_process, windows, write_atomically
+from tokenizer import load_tokenizer, tokenizer_in
 
 out_dir = "out"  # of the training run
 checkpoint = "ckpt.pt"  # in out_dir: 'ckpt.pt' is the latest, 'best.pt' the sparsest of least val loss
 task = "quotes"  # of tasks/NAME.json; or the path of such a file
 target_loss = 0.0  # of a circuit, in nats, chance being 0.693; 0: the task's own, or else the paper's 0.15
 ablation = "mean"  # what a node outside the circuit is: its 'mean' over train, or 'zero'
+fit = True  # the target is met after a scale and a shift of the logits are fitted on train, as in the paper
+fast_kernels = True  # False: the plain definitions of model.py run, which compute the same
+page = True  # False: no circuit.html, in which the circuit can be explored and the model runs
 controls = True  # False: the circuit alone, in a fraction of the time
 # the search: masks are learned once for each penalty and each seed
-penalties = "1e-3,3e-3"  # of a kept node, in nats, by commas; large ones make small circuits, or none
+penalties = "1e-3,3e-3,1e-2"  # of a kept node, in nats, by commas; large ones make small circuits, or none
 mask_seeds = 3  # for each penalty
 steps = 300
 batch_size = 32  # contexts a step
@@ -67,6 +75,11 @@ def read_task(task, tokenizer):
             spec["pair"] = [one_token(tokenizer, first), one_token(tokenizer, second)]
             if first == second or not isinstance(spec.get("contains", ""), str):
                 raise ValueError("two different answers, and a text that a context contains")
+        elif "families" in spec:  # inputs that another task lists as "beyond"
+            spec["families"] = {str(family): [
+                ([tokenizer.eot_token, *tokenizer.encode(prompt, disallowed_special=())],
+                 [one_token(tokenizer, right), one_token(tokenizer, other)])
+                for prompt, right, other in prompts] for family, prompts in spec["families"].items()}
         else:
             for part in ("prompts", "held_out"):
                 spec[part] = [([tokenizer.eot_token, *tokenizer.encode(prompt, disallowed_special=())],
@@ -160,9 +173,15 @@ def sets_beyond(spec, judging, data, tokenizer, block_size, process):
     idx, _ = windows(data.val, starts, block_size, process)
     n, answers = len(idx), judging.answers[0].sort().values
     last = torch.full((n,), block_size - 1, device=idx.device)
-    return {"random order": judging.in_random_order(seed)} | {
-        other: three_sets(read_task(other, tokenizer)[0], data, tokenizer, block_size, process)[-1]
-        for other in spec["beyond"]} | {"ordinary text": Contexts(idx, last, answers.expand(n, 2))}
+    found = {"random order": judging.in_random_order(seed)}
+    for other in spec["beyond"]:
+        asked_too = read_task(other, tokenizer)[0]
+        if "families" in asked_too:
+            found |= {f"{other}: {family}": contexts_of(prompts, f"prompts of {family}", block_size, process)
+                      for family, prompts in asked_too["families"].items()}
+        else:
+            found[other] = three_sets(asked_too, data, tokenizer, block_size, process)[-1]
+    return found | {"ordinary text": Contexts(idx, last, answers.expand(n, 2))}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -236,7 +255,7 @@ def first_of(order, size):
 
 def loss_of_first(nodes, contexts, order, size):
     """The mean loss on `contexts` of the circuit that is the first `size` nodes of `order`."""
-    return loss_of(nodes.judge(contexts, first_of(order, size))).mean().item()
+    return loss_at(nodes, contexts, first_of(order, size), fitted=False)
 
 
 def search(nodes, learning, choosing, target, name):
@@ -252,10 +271,12 @@ def search(nodes, learning, choosing, target, name):
             [tau] = learn_masks(nodes, learning, [(penalty, mask_seed)])
             order = tau.argsort(descending=True, stable=True)
 
-            size, seen = fewest(partial(loss_of_first, nodes, choosing, order), nodes.number, target)
+            size, seen = fewest(lambda n, order=order: loss_at(nodes, choosing, first_of(order, n), fit),
+                                nodes.number, target)
             best = size or min(seen, key=seen.get)
             runs.append({"penalty": penalty, "mask_seed": mask_seed, "nodes": size,
-                         "lowest_loss": min(seen.values()), "gates": first_of(order, best)})
+                         "lowest_loss": min(seen.values()), "gates": first_of(order, best),
+                         "losses": {str(n): loss for n, loss in sorted(seen.items())}})
             found = f"{size} nodes" if size else "not reached"
             print(f"{name} | penalty {penalty:g} | mask seed {mask_seed} | {found} | loss {seen[best]:.3f} "
                   f"on train | {time.perf_counter() - begun:.0f} s", flush=True)
@@ -273,7 +294,7 @@ def seeds_agree(nodes, runs, chosen):
     overlaps = [((a["gates"] * b["gates"]).sum() / (a["gates"] + b["gates"]).clamp(max=1).sum()).item()
                 for i, a in enumerate(same) for b in same[:i]]
     return {"penalty": chosen["penalty"], "nodes": [run["nodes"] for run in same],
-            "edges": [count(nodes, run["gates"])["edges"] for run in same], "overlaps": overlaps,
+            "weights": [count(nodes, run["gates"])["edges"] for run in same], "overlaps": overlaps,
             "failed": sum(run["nodes"] is None for run in runs), "of": len(runs)}
 
 
@@ -305,7 +326,7 @@ def contexts_record(contexts, answers):
 def measured_nodes(model, data, process):
     T = model.config.block_size
     starts = np.linspace(0, len(data.train) - T - 1, mean_windows).astype(int)
-    return Nodes(model, means_over(model, windows(data.train, starts, T, process)[0]), ablation)
+    return Nodes(model, *means_over(model, windows(data.train, starts, T, process)[0]), ablation)
 
 
 def check_settings():
@@ -326,30 +347,42 @@ def check_settings():
 def put_beside(nodes, gates, sets, beyond, data, target, process):
     """All that is asked of a circuit besides its own result: name -> result."""
     judging = sets[-1]
-    random, without_random = sceptic.random_draws(nodes, gates, judging, seed)
+    random, without_random = asked.random_draws(nodes, gates, judging, seed)
     found = {
-        "without": result(nodes.judge(judging, 1 - gates)) | count(nodes, 1 - gates),
+        "without": result(nodes.judge(judging, nodes.others(gates))) | count(nodes, nodes.others(gates)),
         "without_random": without_random, "random": random,
-        "faithfulness": sceptic.faithfulness(nodes, gates, judging, seed),
-        "beyond": {name: {"circuit": sceptic.agreement(nodes, gates, contexts),
-                          "nothing": sceptic.agreement(nodes, 0 * gates, contexts)}
+        "faithfulness": asked.faithfulness(nodes, gates, judging, seed),
+        "beyond": {name: {"circuit": asked.agreement(nodes, gates, contexts),
+                          "nothing": asked.agreement(nodes, 0 * gates, contexts)}
                    for name, contexts in beyond.items()},
-        "survival": {name: {c: round(x[c].item(), 4) for c in nodes.kept(gates)[name]}
+        "survival": {name: {c: round(x[c].item(), 4) if x[c].isfinite() else None
+                            for c in nodes.kept(gates)[name]}
                      for name, x in survival(nodes, judging, gates).items() if name in nodes.kept(gates)},
-        "interventions": sceptic.interventions(nodes, gates, judging),
+        "interventions": asked.interventions(nodes, gates, judging),
     }
-    exchanged = [sceptic.shuffled_labels(contexts, seed) for contexts in sets]
+    exchanged = [asked.shuffled_labels(contexts, seed) for contexts in sets]
     found["labels_shuffled"] = control("labels shuffled", nodes, exchanged, target)
-    for name, destroy in (("weights_drawn_anew", sceptic.drawn_anew),
-                          ("weights_shuffled", sceptic.shuffled_weights)):
+    for name, destroy in (("weights_drawn_anew", asked.drawn_anew),
+                          ("weights_shuffled", asked.shuffled_weights)):
         other = measured_nodes(destroy(nodes.model, seed), data, process)
         found[name] = control(name.replace("_", " "), other, sets, target)
     return found
 
 
+def remove_idle(nodes, gates, choosing, target):
+    """Nodes with the edges between those found, gates of what is needed, and the path there; says so."""
+    begun, were = time.perf_counter(), count(nodes, gates)
+    nodes, gates, path = needed(nodes, gates, choosing, target, fit)
+    print(f"needed | {were['nodes']} nodes, {were['weights']} weights between them -> "
+          f"{path[-1][0]} nodes, {path[-1][1]} edges | loss {path[-1][2]:.3f} on train | "
+          f"{time.perf_counter() - begun:.0f} s", flush=True)
+    return nodes, gates, path
+
+
 def check_able(name, nodes, choosing, target):
     """End the script if the whole model does not do the task. Returns its result on contexts of train."""
-    able = result(nodes.judge(choosing, torch.ones(nodes.number, device=nodes.device)))
+    ones = torch.ones(nodes.number, device=nodes.device)
+    able = result(nodes.judge(choosing, ones)) | {"loss": loss_at(nodes, choosing, ones, fit)}
     if able["loss"] > target:
         could = 1.25 * able["loss"]
         remedy = (f"it could reach --target_loss={could:.2f}" if could < 0.65 else
@@ -359,27 +392,50 @@ def check_able(name, nodes, choosing, target):
     return able
 
 
-def save(record):
-    """Write circuit.json and circuit.png."""
+def hard_inputs(beyond):
+    """The prompts of the families among the sets beyond: name -> [[ids, right, other], ...]."""
+    return {name: [[contexts.idx[row, :last + 1].tolist(), *contexts.answers[row].tolist()]
+                   for row, last in enumerate(contexts.last.tolist())]
+            for name, contexts in beyond.items() if ": " in name}
+
+
+def costs_of(nodes, gates, choosing, loss):
+    """By how much the loss of the circuit rises when one edge, or one node, of it is removed."""
+    def cost(place):
+        less = gates.clone()
+        less[place] = 0
+        return loss_at(nodes, choosing, less, fit) - loss
+
+    there = {nodes.edges[e]: nodes.nodes + e for e in range(len(nodes.edges))}
+    return {"edge_costs": [cost(there[edge[:4]]) for edge in nodes.edges_in(gates)],
+            "node_costs": {f"{site}.{c}": cost(nodes.places[site] + c)
+                           for site, channels in nodes.kept(gates).items() for c in channels}}
+
+
+def save(record, model, data):
+    """Write circuit.json, circuit.png and circuit.html."""
     folder = os.path.join(out_dir, "circuits", record["task"])
     try:
         os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, "circuit.json"), "w", encoding="utf-8") as f:
-            json.dump(record, f)
+        write_atomically(os.path.join(folder, "circuit.json"), json.dumps(record, allow_nan=False))
     except OSError as e:
         fail(f"cannot write to {folder} ({e.strerror}): choose another --out_dir")
     print(f"\nwrote {folder}/circuit.json | {record['seconds']:.0f} s")
     picture.draw(record, os.path.join(folder, "circuit.png"))
+    if page:
+        path = os.path.join(folder, "circuit.html")
+        print(f"wrote {path} | {page_of.write(record, model.cpu(), data, path) / 1e6:.1f} MB")
 
 
 def main():
     begun = time.perf_counter()
     configure(globals())
+    kernels.enabled = fast_kernels
     check_settings()
     process = this_process(device, "float32")
     saved, model, data = load_run(out_dir, checkpoint)
     model.to(process.device).requires_grad_(False)
-    tokenizer = load_tokenizer(os.path.join("data", saved["settings"]["dataset"], "tokenizer.json"))
+    tokenizer = load_tokenizer(tokenizer_in(os.path.join("data", saved["settings"]["dataset"])))
     spec, name = read_task(task, tokenizer)
     sets = learning, choosing, judging = three_sets(spec, data, tokenizer, model.config.block_size, process)
     target = target_loss or spec["target_loss"]
@@ -394,25 +450,38 @@ def main():
     if not chosen["nodes"]:
         fail(f"no search reached the target of {target:g}, the best was {chosen['lowest_loss']:.3f}: raise "
              "--target_loss or --steps, or lower --penalties")
-    gates, ones = chosen["gates"], torch.ones(nodes.number, device=nodes.device)
-    results = sceptic.baselines(nodes, data.train, judging, seed) | {
+    found = chosen["gates"]
+    nodes, gates, path = remove_idle(nodes, found, choosing, target)
+    ones = torch.ones(nodes.number, device=nodes.device)
+    scale, shift = fit_of(nodes.judge(choosing, gates), choosing.sides())
+    before = nodes.with_edges(())
+    results = asked.baselines(nodes, data.train, judging, seed) | {
+        "found": result(before.judge(judging, found)) | count(before, found),
+        "found_fitted": asked.fitted(before, found, choosing, judging),
         "circuit": result(nodes.judge(judging, gates)) | count(nodes, gates),
-        "circuit_fitted": sceptic.fitted(nodes, gates, choosing, judging),
-        "whole_fitted": sceptic.fitted(nodes, ones, choosing, judging),
-        "seeds": seeds_agree(nodes, runs, chosen)}
+        "circuit_fitted": asked.fitted(nodes, gates, choosing, judging),
+        "whole_fitted": asked.fitted(nodes, ones, choosing, judging),
+        "seeds": seeds_agree(before, runs, chosen)}
     if controls:
         results |= put_beside(nodes, gates, sets, beyond, data, target, process)
-    answers = spec.get("pair")
-    sceptic.print_table(results, f"{len(judging)} {'contexts of val' if answers else 'held-out prompts'}")
-    sceptic.print_rest(results)
+    answers, table = spec.get("pair"), asked.table_of(results)
+    pair = answers or judging.answers[0].sort().values.tolist()
+    asked.print_table(table, f"{len(judging)} {'contexts of val' if answers else 'held-out prompts'}")
+    asked.print_rest(results)
     save({
-        "task": name, "model": os.path.join(out_dir, checkpoint), "target_loss": target,
-        "ablation": ablation,
-        "answers": answers, "nodes": nodes.kept(gates), "contexts": contexts_record(judging, answers),
+        "task": name, "answers": [tokenizer.decode([i]) for i in pair], "answer_ids": pair, "table": table,
+        "caveats": asked.CAVEATS.replace("\n", " "), "hard": hard_inputs(beyond),
+        **costs_of(nodes, gates, choosing, path[-1][2]), "model": os.path.join(out_dir, checkpoint),
+        "target_loss": target,
+        "ablation": ablation, "format": 2, "fit": fit, "scale": scale, "shift": shift,
+        "dataset": saved["settings"]["dataset"], "step": saved["step"], "settings": settings_of(globals()),
+        "edges": [edge[:4] for edge in nodes.edges_in(gates)], "curve": path,
+        "reads": {site: mean.tolist() for site, mean in nodes.reads.items()},
+        "nodes": nodes.kept(gates), "contexts": contexts_record(judging, answers),
         "results": results, "runs": [{k: v for k, v in run.items() if k != "gates"} for run in runs],
         "picture": picture.describe(nodes, gates, judging, tokenizer),
         "seconds": time.perf_counter() - begun,
-        "means": {site: mean.tolist() for site, mean in nodes.means.items()}})
+        "means": {site: mean.tolist() for site, mean in nodes.means.items()}}, model, data)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,20 @@ def fail(message):
     raise SystemExit(2)
 
 
+def check_versions():
+    """End the script on a Python or PyTorch from before those that this was tried with."""
+    torch = sys.modules.get("torch")  # prepare.py has no need of it
+    if sys.version_info < (3, 11):  # noqa: UP036  this line is for those who have an older one
+        fail(f"this is Python {'.'.join(map(str, sys.version_info[:2]))}: 3.11 or later is needed")
+    if torch and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        fail(f"this is PyTorch {torch.__version__}, 2.6 or later is needed: pip install -r requirements.txt")
+
+
+def one_line(error):
+    """An exception in a few words, for the line of `fail`."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
 def settings_of(namespace):
     """The settings among a script's globals: lower-case names of a bool, an int, a float or a string."""
     return {k: v for k, v in namespace.items() if k.islower() and k[0] != "_" and type(v) in TYPES}
@@ -120,3 +134,6 @@ def check(key, value, known, where=""):
     if type(value) is not expected:
         fail(f"{key}={value!r}{where} has the wrong type: expected {expected.__name__}, like {known[key]!r}")
     return os.path.expanduser(value) if key in PATHS else value
+
+
+check_versions()  # this module is the first of ours that a script imports

@@ -5,30 +5,31 @@
     python prepare.py --dataset='text/**/*.jsonl' --tokenizer=gpt2    # local files
 
 The bins are raw little-endian uint16: one document after the other, each followed by <|endoftext|>. The same
-input gives the same bytes. Documents pass through as a stream, so memory does not grow with the corpus, and
-the folder gets its name only once it is complete.
+input gives the same bytes. Documents pass through as a stream: memory grows with the longest of them, to
+about ten times its size, and not with the corpus. The folder gets its name only once it is complete.
 """
-import glob
-import gzip
+import fcntl
 import hashlib
 import itertools
 import json
 import logging
 import os
 import re
+import secrets
 import shlex
 import shutil
 import sys
 import sysconfig
 import time
-import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tiktoken
 
-from configurator import configure, fail, settings_of
+from configurator import configure, fail, one_line, settings_of
+from documents import FORMATS, check_column, file_format, files_of, read_files
+from tokenizer import PLUG_IN, load_tokenizer, read_tokenizer, save_tokenizer, tokenizer_in
 
 # -----------------------------------------------------------------------------
 # settings
@@ -39,7 +40,8 @@ split = "train"            # Hugging Face only: where the training documents com
 val_split = ""             # Hugging Face only: where validation documents come from; '' for val_fraction
 val_fraction = 0.01        # of the documents; its own bytes decide. Of an only document: its last part
 text_column = "text"       # of .jsonl, .parquet and Hugging Face; any other file is one document,
-separator = "<|endoftext|>"  # or several, if it is a .txt with this between them; '' never splits
+separator = "<|endoftext|>"  # or several, if it is a .txt with this between them; '' never splits,
+#                              \n, \r and \t are a new line, a return and a tab
 max_tokens = 0             # stop after the document that completes this many training tokens; 0 takes all
 tokenizer = "bpe"          # 'bpe' trains one on the data, 'bytes' has a token per byte; or the name of a
 #                            tiktoken encoding, such as 'gpt2'; or the path of an earlier tokenizer.json
@@ -49,10 +51,8 @@ name = ""                  # of the folder; '' makes one from `dataset`
 data_dir = "data"          # where the folder goes
 # -----------------------------------------------------------------------------
 
-FORMATS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 OUTPUTS = ("train.bin", "val.bin", "tokenizer.json", "meta.json")
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # which desktops leave in any folder
-PLUG_IN = "tinypython_2k is in the authors' package: pip install git+https://github.com/openai/circuit_sparsity"
 
 
 # -----------------------------------------------------------------------------
@@ -78,12 +78,7 @@ def local_files():
     if os.path.exists(dataset):
         return [dataset] if os.path.isfile(dataset) else None
     if any(c in dataset for c in "*?[") or file_format(dataset) in FORMATS:
-        paths = glob.glob(dataset.replace("[", "[[]"), recursive=True) or glob.glob(dataset, recursive=True)
-        return sorted(filter(os.path.isfile, paths))  # a bracket was first taken as part of a name
-
-
-def file_format(path):
-    return os.path.splitext(path.removesuffix(".gz"))[1].lower()
+        return files_of(dataset.replace("[", "[[]")) or files_of(dataset)  # a bracket may be part of a name
 
 
 def split_documents(source, fraction, skipped):
@@ -104,7 +99,8 @@ def split_documents(source, fraction, skipped):
 def read_documents(source, skipped):
     """Yield the texts that are of use; count in `skipped` those that are not."""
     paths = local_files()
-    for document in read_hub(source) if paths is None else read_files(paths, skipped):
+    found = read_hub(source) if paths is None else read_files(paths, text_column, separator, skipped)
+    for document in found:
         try:
             data = document.encode() if isinstance(document, str) else document or b""
             text = data.decode()
@@ -129,70 +125,12 @@ def read_hub(source):
         if os.path.isdir(dataset) and rows.info.builder_name == "text":
             fail("every line would become a document: write " + shlex.quote(f"--dataset={dataset}/**/*.txt"))
         for row in rows:
-            check_column(row, dataset)
+            check_column(row, text_column, dataset)
             yield row[text_column]
     except Exception as e:  # noqa: BLE001 - there is no end to what a network can raise
-        fail(f"the `datasets` library cannot read {dataset!r} ({one_line(e)}); "
-             "for files on this machine write a path or glob, such as --dataset='folder/**/*.txt'")
-
-
-def read_files(paths, skipped):
-    """Yield the documents of all files; what was read of a file before it breaks off is kept."""
-    for path in paths:
-        rows = 0
-        try:
-            with (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
-                for rows, document in enumerate(read_file(f, path, skipped), start=1):
-                    yield document
-        except (OSError, EOFError, zlib.error, ValueError, RuntimeError):  # no permission, or broken
-            skipped[f"unreadable after {rows:,} rows" if rows else "unreadable"] += 1
-
-
-def read_file(f, path, skipped):
-    """Yield what a file holds: the text column of rows of .jsonl and .parquet, all bytes of the others."""
-    kind = file_format(path)
-    if kind == ".jsonl":
-        yield from read_jsonl(f, path, skipped)
-    elif kind == ".parquet":
-        yield from read_parquet(f, path)
-    elif kind in FORMATS:
-        texts = [f.read().removeprefix(b"\xef\xbb\xbf")]  # a byte order mark
-        texts = texts[0].split(separator.encode()) if separator and kind == ".txt" else texts
-        yield from filter(None, map(bytes.strip, texts)) if len(texts) > 1 else texts
-    else:
-        skipped["unknown format"] += 1
-
-
-def read_jsonl(f, path, skipped):
-    """Yield the text column of each line. The first row must have one; a later row without it is skipped."""
-    first = True
-    for line in filter(bytes.strip, f):
-        try:
-            row = dict(json.loads(line))
-        except (ValueError, TypeError, RecursionError):
-            skipped["broken line"] += 1
-            continue
-        if first:
-            check_column(row, path)
-        first = False
-        if text_column in row:
-            yield row[text_column]
-        else:
-            skipped["no text column"] += 1
-
-
-def read_parquet(f, path):
-    """Yield the text column, with one batch of rows in memory at a time."""
-    import pyarrow.parquet
-    table = pyarrow.parquet.ParquetFile(f)
-    check_column(table.schema_arrow.names, path)
-    for rows in table.iter_batches(batch_size=1000, columns=[text_column]):
-        yield from rows.column(0).to_pylist()
-
-
-def check_column(columns, where):
-    if text_column not in columns:
-        fail(f"{where} has no column {text_column!r}: choose --text_column from {', '.join(columns)}")
+        advice = "choose one of its configurations with --subset" if "onfig" in str(e) else (
+            "for files on this machine write a path or glob, such as --dataset='folder/**/*.txt'")
+        fail(f"the `datasets` library cannot read {dataset!r} ({one_line(e)}); {advice}")
 
 
 # -----------------------------------------------------------------------------
@@ -253,39 +191,6 @@ def training_sample(skipped):
             return
 
 
-def save_tokenizer(encoding, path):
-    """Write `encoding` as JSON, one token per line in the order of ids.
-
-    A token is a string if its bytes are UTF-8, else a list of byte values; null is an id that no text has.
-    """
-    tokens = [None] * (max(encoding._mergeable_ranks.values()) + 1)
-    for token, i in encoding._mergeable_ranks.items():
-        try:
-            tokens[i] = token.decode()
-        except UnicodeDecodeError:
-            tokens[i] = list(token)
-    lines = ",\n".join(json.dumps(token, ensure_ascii=False) for token in tokens)
-    with open(path, "w", encoding="utf-8", newline="\n") as f:
-        f.write(f'{{"name": {json.dumps(encoding.name)},\n"pattern": {json.dumps(encoding._pat_str)},\n'
-                f'"special_tokens": {json.dumps(encoding._special_tokens)},\n"tokens": [\n{lines}\n]}}\n')
-
-
-def load_tokenizer(path):
-    """Return the tiktoken.Encoding that `save_tokenizer` wrote; ValueError if `path` holds no such."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            spec = json.load(f)
-        tokens = [t.encode() if isinstance(t, str) else bytes(list(t or [])) for t in spec["tokens"]]
-        ranks = {token: i for i, token in enumerate(tokens) if token}
-        special = spec["special_tokens"]
-        if len({*ranks.values(), *special.values()}) < sum(map(bool, tokens)) + len(special):
-            raise ValueError("a token or an id occurs twice")
-        return tiktoken.Encoding(spec["name"], pat_str=spec["pattern"], mergeable_ranks=ranks,
-                                 special_tokens=special)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
-        raise ValueError(f"{path} is not a tokenizer that prepare.py wrote ({one_line(e)})") from e
-
-
 # -----------------------------------------------------------------------------
 # encoding
 
@@ -317,8 +222,9 @@ def encode_documents(documents, encoding):
 
 
 def write_bins(folder, encoding, skipped):
-    """Write train.bin and val.bin; return how many tokens, bytes of text and documents each holds."""
+    """Write train.bin and val.bin; return of each its tokens, bytes of text, documents and sha256."""
     counts = {part: Counter(tokens=0, bytes=0, documents=0) for part in ("train", "val")}
+    digests = {part: hashlib.sha256() for part in counts}
     start = shown = time.time()
     live = sys.stdout.isatty()
     with open(f"{folder}/train.bin", "wb") as train, open(f"{folder}/val.bin", "wb") as val:
@@ -328,8 +234,10 @@ def write_bins(folder, encoding, skipped):
                 if ids is None:
                     skipped["not tokenizable"] += 1
                     continue
+                part = "val" if held_out else "train"
                 (val if held_out else train).write(ids)
-                counts["val" if held_out else "train"].update(tokens=len(ids), bytes=size, documents=1)
+                digests[part].update(ids)
+                counts[part].update(tokens=len(ids), bytes=size, documents=1)
                 if time.time() - shown > (1 if live else 30):
                     shown = time.time()
                     done = counts["train"] + counts["val"]
@@ -337,7 +245,7 @@ def write_bins(folder, encoding, skipped):
                     print(f"{line:<60}", end="\r" if live else "\n", flush=True)
                 if 0 < max_tokens <= counts["train"]["tokens"] and not held_out:
                     break
-    return counts
+    return {part: dict(counts[part], sha256=digests[part].hexdigest()) for part in counts}
 
 
 # -----------------------------------------------------------------------------
@@ -370,15 +278,16 @@ def check_settings(folder, target):
 def build(folder):
     """Write the four files into `folder`; return what meta.json says."""
     encoding = get_encoding()
-    save_tokenizer(encoding, f"{folder}/tokenizer.json")
-    with open(f"{folder}/tokenizer.json", "rb") as f:
-        digest = hashlib.sha256(f.read()).hexdigest()
+    save_tokenizer(encoding, tokenizer_in(folder))
+    _, digest = read_tokenizer(tokenizer_in(folder))
     skipped = Counter()
     counts = write_bins(folder, encoding, skipped)
     train, val = counts["train"]["documents"], counts["val"]["documents"]
     if not train or not val:
-        fail(f"{train} documents are in train.bin and {val} in val.bin, {summary(skipped)}: "
-             f"{'raise' if train else 'lower'} --val_fraction, or cut the text into more documents")
+        advice = f"{'raise' if train else 'lower'} --val_fraction, or cut the text into more documents"
+        if 0 < max_tokens <= counts["train"]["tokens"]:
+            advice = f"max_tokens={max_tokens} ended it so soon: raise --max_tokens or --val_fraction"
+        fail(f"{train} documents are in train.bin and {val} in val.bin, {summary(skipped)}: {advice}")
     meta = {"vocab_size": encoding.n_vocab, "tokenizer": encoding.name, "tokenizer_sha256": digest, **counts,
             "source": settings_of(globals()), "skipped": skipped, "date": time.strftime("%Y-%m-%d")}
     with open(f"{folder}/meta.json", "w", encoding="utf-8") as f:
@@ -390,31 +299,35 @@ def clean_up(target):
     """Delete what this run or a killed one left beside `target`; put back what it had moved aside."""
     parent, folder = os.path.split(target)
     for entry in os.listdir(parent):
-        leftover = re.fullmatch(rf"\.{re.escape(folder)}\.(new|old)-(\d+)", entry)
-        if not leftover or is_running(int(leftover[2])):
+        leftover = re.fullmatch(rf"\.{re.escape(folder)}\.(new|old)-\w+", entry)
+        lock = lock_of(os.path.join(parent, entry)) if leftover else None
+        if lock is None:
             continue
         if leftover[1] == "old" and not os.path.exists(target):
             os.rename(os.path.join(parent, entry), target)
         else:
             shutil.rmtree(os.path.join(parent, entry), ignore_errors=True)
+        os.close(lock)
 
 
-def is_running(pid):
-    """Whether `pid` is another process that lives."""
+def lock_of(folder):
+    """Lock a folder, which may be renamed, until what this returns is closed; None if another run has it."""
+    lock = None
     try:
-        os.kill(pid, 0)
-    except OSError as e:
-        return isinstance(e, PermissionError)
-    return pid != os.getpid()
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, FileNotFoundError):  # or another run has just cleaned up
+        if lock is not None:
+            os.close(lock)
+        return None
+    except OSError:
+        pass  # a file system without locks
+    return lock
 
 
 def summary(skipped):
     reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(skipped.items()))
     return f"{sum(skipped.values()):,} skipped" + (f" ({reasons})" if reasons else "")
-
-
-def one_line(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def main(argv=None):
@@ -426,23 +339,30 @@ def main(argv=None):
     if os.path.islink(target):  # to a larger disk, perhaps: all is written there
         target = os.path.realpath(target)
     parent, entry = os.path.split(target)
-    new, old = (os.path.join(parent, f".{entry}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+    run, locks = secrets.token_hex(8), []
+    new, old = (os.path.join(parent, f".{entry}.{kind}-{run}") for kind in ("new", "old"))
     try:
         check_settings(folder, target)
         os.makedirs(parent, exist_ok=True)
         clean_up(target)
         try:
             os.mkdir(new)
+            locks.append(lock_of(new))
             meta = build(new)
             if os.path.exists(target):
+                locks.append(lock_of(target))
                 os.rename(target, old)
             os.rename(new, target)
         finally:
+            for lock in filter(None, locks):
+                os.close(lock)
             clean_up(target)
     except OSError as e:
-        fail(f"cannot write {target}: {e.strerror}")
+        fail(f"cannot write {target}: {e.strerror or one_line(e)}")
     except ImportError as e:
-        fail(f"{e.name} is not installed: pip install -r requirements.txt")
+        if isinstance(e, ModuleNotFoundError) or "unknown location" in str(e):
+            fail(f"{e.name} is not installed: pip install -r requirements.txt")
+        fail(f"a package is broken ({one_line(e)}): uninstall it, then pip install -r requirements.txt")
     except KeyboardInterrupt:
         print("interrupted: everything is as it was", file=sys.stderr)
         raise SystemExit(130) from None
@@ -453,7 +373,10 @@ def main(argv=None):
     print(f"vocabulary {meta['vocab_size']:,} ({meta['tokenizer']}), {bytes_per_token:.2f} bytes per token, "
           f"{time.time() - start:.1f} s")
     place = folder if data_dir == "data" else os.path.abspath(target)
-    print("next:", shlex.join(["python", "train.py", "config/quickstart.py", f"--dataset={place}"]))
+    command = ["python", "train.py", "config/quickstart.py", f"--dataset={place}"]
+    if meta["vocab_size"] > 2**14:  # the table has vocab_size squared entries: 10 GB with GPT-2's
+        command.append("--use_bigram_table=False")
+    print("next:", shlex.join(command))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 Models that were released in it can be sampled from and trained on here; one that was trained here opens in
 the authors' viewer. Nothing is dropped silently, nor written that the format cannot say.
 """
-import hashlib
 import json
 import os
 import warnings
@@ -11,6 +10,7 @@ import warnings
 import torch
 
 from model import GPT, GPTConfig
+from tokenizer import read_tokenizer, tokenizer_in
 
 NAMES = {  # key of beeg_config.json -> field of GPTConfig
     "block_size": "block_size", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
@@ -75,9 +75,8 @@ def read(folder):
     if config.use_bigram_table and not theirs.get("learnable_bigram_table", False):
         model.bigram_table.requires_grad_(False)
     model.tokenizer_name, model.tokenizer_sha256 = theirs.get("tokenizer_name", "tinypython_2k"), None
-    if os.path.exists(path := os.path.join(folder, "tokenizer.json")):
-        with open(path, "rb") as f:
-            model.tokenizer_sha256 = hashlib.sha256(f.read()).hexdigest()
+    if os.path.exists(path := tokenizer_in(folder)):
+        _, model.tokenizer_sha256 = read_tokenizer(path)
     return model
 
 
@@ -144,7 +143,7 @@ def write(model, folder, tokenizer=None):
     os.makedirs(folder, exist_ok=True)
     torch.save(tensors, os.path.join(folder, "final_model.pt"))
     if tokenizer:
-        with open(os.path.join(folder, "tokenizer.json"), "w", encoding="utf-8", newline="") as f:
+        with open(tokenizer_in(folder), "w", encoding="utf-8", newline="") as f:
             f.write(tokenizer)
     with open(path, "w", encoding="utf-8") as f:  # last: with it, the folder holds a model
         json.dump(theirs, f, indent=2)

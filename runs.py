@@ -4,7 +4,6 @@ train.py has the method and the loop; sample.py, circuit.py and the experiments 
 by the same functions. What a user can mend ends the script with one line (`configurator.fail`).
 """
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -29,6 +28,7 @@ import released
 from configurator import fail
 from kernels import has_compiler
 from model import GPT, GPTConfig
+from tokenizer import read_tokenizer, tokenizer_in
 
 # ----------------------------------------------------------------------------------------------------------
 # this process, its device and precision
@@ -193,8 +193,7 @@ def load_data(folder, block_size):
     try:
         with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
             meta = json.load(f)
-        with open(os.path.join(folder, "tokenizer.json"), encoding="utf-8") as f:
-            tokenizer = f.read()
+        tokenizer, digest = read_tokenizer(tokenizer_in(folder))
         sizes = {split: meta[split]["tokens"] for split in ("train", "val")}
         vocab_size, sha256 = meta["vocab_size"], meta["tokenizer_sha256"]
         if not all(type(n) is int and n > 0 for n in (vocab_size, *sizes.values(), meta["train"]["bytes"],
@@ -204,8 +203,8 @@ def load_data(folder, block_size):
         fail(f"no data in {folder} ({os.path.basename(e.filename)}: {e.strerror}): {remedy}")
     except (ValueError, KeyError, TypeError) as e:
         fail(f"{folder}/meta.json is damaged ({type(e).__name__}: {e}): {remedy}")
-    if hashlib.sha256(tokenizer.encode()).hexdigest() != sha256:
-        fail(f"{folder}/tokenizer.json is not the one that {folder}/meta.json names: {remedy}")
+    if digest != sha256:
+        fail(f"{tokenizer_in(folder)} is not the one that {folder}/meta.json names: {remedy}")
     tokens = {}
     for split, expected in sizes.items():
         path = os.path.join(folder, f"{split}.bin")
@@ -280,7 +279,7 @@ def start_out_dir(out_dir, tokenizer):
                 if re.fullmatch(r"(ckpt|best|finished-\d+)\.pt|log\.jsonl|(tokenizer|settings)\.json", name):
                     os.replace(os.path.join(out_dir, name), os.path.join(aside, name))
             print(f"{out_dir} held another run, which is now in {aside}")
-        with open(os.path.join(out_dir, "tokenizer.json"), "w", encoding="utf-8") as f:
+        with open(tokenizer_in(out_dir), "w", encoding="utf-8", newline="") as f:
             f.write(tokenizer)
     except OSError as e:
         fail(f"cannot write to out_dir={out_dir} ({e.strerror}): choose another --out_dir")
@@ -351,7 +350,7 @@ def load_run(out_dir, name):
 def load_start(init_from):
     """The model in an out_dir, a checkpoint or a released model's folder; the path of its tokenizer.json."""
     path = init_from if os.path.isfile(init_from) else os.path.join(init_from, "ckpt.pt")
-    tokenizer = os.path.join(os.path.dirname(path), "tokenizer.json")
+    tokenizer = tokenizer_in(os.path.dirname(path))
     if os.path.isfile(path):
         return model_of(load_checkpoint(path)), tokenizer
     try:

@@ -4,16 +4,15 @@
     python sample.py --out_dir=out/quickstart --start=FILE:prompt.txt
 """
 import codecs
-import hashlib
 import os
 
 import tiktoken
 import torch
 
 import kernels
-from configurator import configure, fail
-from prepare import PLUG_IN, load_tokenizer, one_line
+from configurator import configure, fail, one_line
 from runs import load_checkpoint, load_start, model_of, this_process
+from tokenizer import PLUG_IN, load_tokenizer, read_tokenizer, token_bytes, tokenizer_in
 
 out_dir = "out"  # of the training run
 checkpoint = "ckpt.pt"  # in out_dir: 'ckpt.pt' is the latest, 'best.pt' the sparsest of least val loss
@@ -42,7 +41,7 @@ def load_model():
     """The model to sample from, and its tokenizer."""
     if init_from == "resume":
         model = model_of(load_checkpoint(os.path.join(out_dir, checkpoint)))
-        path = os.path.join(out_dir, "tokenizer.json")
+        path = tokenizer_in(out_dir)
     else:
         model, path = load_start(init_from)
     try:
@@ -50,9 +49,8 @@ def load_model():
             if model.tokenizer_name not in tiktoken.list_encoding_names():
                 raise ValueError(f"{model.tokenizer_name} is no tiktoken encoding; {PLUG_IN}")
             return model, tiktoken.get_encoding(model.tokenizer_name)
-        with open(path, "rb") as f:
-            if hashlib.sha256(f.read()).hexdigest() != model.tokenizer_sha256:
-                raise ValueError(f"{path} is not the one that the model was trained with")
+        if read_tokenizer(path)[1] != model.tokenizer_sha256:
+            raise ValueError(f"{path} is not the one that the model was trained with")
         return model, load_tokenizer(path)
     except (OSError, ValueError) as e:
         fail(f"no tokenizer ({one_line(e)}): copy the tokenizer.json of the model's data to {path}")
@@ -80,14 +78,6 @@ def read_prompt(tokenizer, block_size):
     return torch.tensor([ids])
 
 
-def spell(tokenizer, token):
-    """The bytes of a token; of an id that the tokenizer does not have, those of a replacement character."""
-    try:
-        return tokenizer.decode_single_token_bytes(token)
-    except KeyError:
-        return "\ufffd".encode()
-
-
 def main():
     configure(globals())
     check_sampling()
@@ -106,7 +96,7 @@ def main():
         print(tokenizer.decode(prompt[0].tolist()), end="", flush=True)
         with process.autocast():
             for token in model.stream(prompt, max_new_tokens, temperature, top_k or None):
-                print(decoder.decode(spell(tokenizer, token.item())), end="", flush=True)
+                print(decoder.decode(token_bytes(tokenizer, token.item())), end="", flush=True)
         print(decoder.decode(b"", final=True))
 
 

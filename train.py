@@ -26,6 +26,7 @@ import measures
 import runs
 from configurator import fail
 from model import GPT, NODE_LOCATIONS, GPTConfig
+from tokenizer import tokenizer_in
 
 # ----------------------------------------------------------------------------------------------------------
 # settings
@@ -375,7 +376,7 @@ def main():
     checkpoint, start, earlier = None, None, {}  # earlier: settings to go on with, but for those given now
     if init_from == "resume":
         checkpoint = runs.load_checkpoint(os.path.join(out_dir, "ckpt.pt"))
-        start, tokenizer_path = runs.model_of(checkpoint), os.path.join(out_dir, "tokenizer.json")
+        start, tokenizer_path = runs.model_of(checkpoint), tokenizer_in(out_dir)
         earlier = {name: value for name, value in checkpoint["settings"].items() if name not in WHERE}
     elif init_from != "scratch":
         start, tokenizer_path = runs.load_start(init_from)

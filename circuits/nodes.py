@@ -1,18 +1,16 @@
-"""The nodes of a model: reading them, ablating them, and counting what joins them.
+"""The nodes of a model and the edges between them: reading, ablating and counting them.
 
-A node is one channel at one of the eight sites of a block (Gao et al. 2025, section A.5). All of it goes
-through forward hooks on the modules that `GPT.sites` lists: there is no forward pass here.
+A node is one channel at one of the eight sites of a block (Gao et al. 2025, section A.5). An edge is a
+nonzero weight that joins two kept nodes. All of it goes through forward hooks on the modules of the model:
+there is no forward pass here.
 """
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from inspect import unwrap
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
-from model import LOCATIONS, sink_attention
-
-NODE_SITES = LOCATIONS[:8]
+from model import NODE_LOCATIONS, attention_weights
 
 
 @dataclass
@@ -53,13 +51,14 @@ class Contexts:
 def node_sites(model):
     """The modules whose outputs are nodes: name, such as 0.attn.attn_in -> module, in forward order."""
     names = {module: name.removeprefix("transformer.h.") for name, module in model.named_modules()}
-    return {names[module]: module for location, module in model.sites() if location in NODE_SITES}
+    return {names[module]: module for location, module in model.sites() if location in NODE_LOCATIONS}
 
 
 @contextmanager
-def hooks(pairs, before=False):
-    """For each (module, f) call f on its output, or its input, and use what it returns, if anything."""
+def hooks(pairs, before=False, both=False):
+    """For each (module, f) call f on its output, or its input, or both; use what it returns, if anything."""
     handles = [module.register_forward_pre_hook(lambda m, inputs, f=f: f(inputs[0])) if before else
+               module.register_forward_hook(lambda m, inputs, output, f=f: f(inputs[0], output)) if both else
                module.register_forward_hook(lambda m, inputs, output, f=f: f(output)) for module, f in pairs]
     try:
         yield
@@ -70,36 +69,97 @@ def hooks(pairs, before=False):
 
 @torch.no_grad()
 def means_over(model, idx, size=64):
-    """Mean of every node over all positions of idx (n, T), AbsTopK on: site -> (channels)."""
-    sums = {}
+    """Means over all positions of idx (n, T), AbsTopK on: site -> (channels), and one more dict of the same.
+
+    The first is of every node. The second is of what the Linears read whose input is no node itself: what
+    attention makes of the values, by the site of the values.
+    """
+    sums, positions = {}, idx.numel()
 
     def add(name, x):
         sums[name] = sums.get(name, 0.0) + x.sum((0, 1), dtype=torch.float64)
 
-    with hooks([(module, lambda x, name=name: add(name, x)) for name, module in node_sites(model).items()]):
+    sites = node_sites(model)
+    mixed = {f"{i}.attn.attn_v": block.attn.c_proj for i, block in enumerate(model.transformer.h)}
+    with hooks([(module, lambda x, name=name: add(name, x)) for name, module in sites.items()]), \
+            hooks([(linear, lambda x, name=name: add(("read", name), x)) for name, linear in mixed.items()],
+                  before=True):
         for part in idx.split(size):
             model.residual_stream(part)
-    return {name: (total / idx.numel()).float() for name, total in sums.items()}
+    return ({name: (sums[name] / positions).float() for name in sites},
+            {name: (sums["read", name] / positions).float() for name in mixed})
 
 
 class Nodes:
     """All nodes of a model, and the values that they have when ablated: their means, or zero.
 
-    Gates are one vector (nodes), site after site in forward order. 1 keeps a node and 0 ablates it; -1
-    reverses it, so that it lies as far on the other side of its ablated value.
+    Gates are one vector (number): of the nodes, site after site in forward order, then of `edges`, a list of
+    (site read, channel, site written, channel) that may be empty. For a node 1 keeps it and 0 ablates it; -1
+    reverses it, so that it lies as far on the other side of its ablated value. For an edge 1 keeps it and 0
+    removes it: what is written then gets the mean of what is read (or zero) in place of the value, times the
+    same weight. Only edges between two kept nodes can be removed, so gates of zeros ablate the nodes alone.
     """
 
-    def __init__(self, model, means, ablation="mean"):
-        self.model, self.means, self.sites = model, means, node_sites(model)
-        self.ablated = {name: mean if ablation == "mean" else torch.zeros_like(mean)
-                        for name, mean in means.items()}
+    def __init__(self, model, means, reads, ablation="mean", edges=()):
+        self.model, self.means, self.reads, self.ablation = model, means, reads, ablation
+        self.sites, self.edges = node_sites(model), [tuple(edge) for edge in edges]
+        self.ablated, self.mean_reads = (
+            {name: x if ablation == "mean" else torch.zeros_like(x) for name, x in values.items()}
+            for values in (means, means | reads))
         self.sizes = [len(means[name]) for name in self.sites]
-        self.number = sum(self.sizes)
+        self.nodes = sum(self.sizes)
+        self.number = self.nodes + len(self.edges)
         self.device = next(model.parameters()).device
+        self.places = dict(zip(self.sites, np.cumsum([0, *self.sizes[:-1]]).tolist(), strict=True))
+        self.ends = torch.tensor([(self.places[a] + i, self.places[b] + o) for a, i, b, o in self.edges],
+                                 dtype=torch.long, device=self.device).view(-1, 2)
+
+    def with_edges(self, edges):
+        """The same nodes, with gates for these edges."""
+        return Nodes(self.model, self.means, self.reads, self.ablation, edges)
 
     def split(self, gates):
-        """site -> (..., channels), views of gates (..., nodes)."""
-        return dict(zip(self.sites, gates.split(self.sizes, dim=-1), strict=True))
+        """site -> (..., channels), views of gates (..., number)."""
+        return dict(zip(self.sites, gates[..., :self.nodes].split(self.sizes, dim=-1), strict=True))
+
+    def edges_in(self, gates):
+        """The edges of a circuit: (site read, channel, site written, channel, weight) of each weight between
+        two kept nodes, but for the removed ones."""
+        kept, off = self.kept(gates), (gates[self.nodes:] == 0).nonzero()[:, 0].tolist()
+        removed = {self.edges[i] for i in off}
+        return [(read, i, written, o, weight[o, i].item())
+                for read, written, weight, _ in matrices(self.model)
+                for o in kept.get(written, []) for i in kept.get(read, [])
+                if weight[o, i] != 0 and (read, i, written, o) not in removed]
+
+    def others(self, gates):
+        """Gates that ablate the kept nodes of `gates` and keep all others, with all their weights."""
+        rest = 1 - gates
+        rest[..., self.nodes:] = 1
+        return rest
+
+    def removals(self, gates):
+        """For each Linear with some of `edges` a function of its input and output that removes these."""
+        joined = gates[..., self.ends].detach().ne(0).all(-1)  # both of its nodes are kept
+        off, found = (1 - gates[..., self.nodes:]) * joined, []
+        for linear, read, rows in linears(self.model):
+            mine = [e for e, edge in enumerate(self.edges) if edge[0] == read and edge[2] in rows]
+            if not mine:
+                continue
+            ins = sorted({self.edges[e][1] for e in mine})
+            outs = sorted({rows[self.edges[e][2]] + self.edges[e][3] for e in mine})
+            at = [outs.index(rows[self.edges[e][2]] + self.edges[e][3]) * len(ins) +
+                  ins.index(self.edges[e][1]) for e in mine]
+            lost = off.new_zeros(*off.shape[:-1], len(outs) * len(ins)).index_copy(
+                -1, torch.tensor(at, device=self.device), off[..., mine])
+            lost = lost.unflatten(-1, (len(outs), len(ins))) * linear.weight[outs][:, ins]
+
+            def remove(x, y, lost=lost, ins=ins, outs=outs, mean=self.mean_reads[read][ins]):
+                x = (x[..., ins] - mean).unflatten(0, (*off.shape[:-1], -1))  # the same parts as in `logits`
+                change = torch.einsum("...nti,...oi->...nto", x, lost).flatten(0, off.dim() - 1)
+                return y.index_add(-1, torch.tensor(outs, device=y.device), change, alpha=-1)
+            found.append((linear, remove))
+        return found
 
     def kept(self, gates):
         """site -> list of the channels whose gates are not 0, without the sites that have none."""
@@ -114,9 +174,9 @@ class Nodes:
                        if name.endswith(("attn_q", "attn_k", "attn_v"))})
 
     def logits(self, contexts, gates, watch=None):
-        """Logits (n, 2) of the right answer and of the other when all nodes pass their gates.
+        """Logits (n, 2) of the right answer and of the other when all nodes and edges pass their gates.
 
-        Gates may also be m vectors (m, nodes), for m equal parts of the contexts, in order. `watch`, if
+        Gates may also be m vectors (m, number), for m equal parts of the contexts, in order. `watch`, if
         given, is called with the name of each site and its gated nodes (n, T or 1, channels).
         After its scores the last block matters at the last token alone, so all else is cut off there, before
         attention is projected and before the MLP. What they write is added to the stream of all tokens,
@@ -140,6 +200,7 @@ class Nodes:
             return x[rows, contexts.last].unsqueeze(1)
 
         with hooks([(module, gate(name)) for name, module in self.sites.items()]), \
+                hooks(self.removals(gates) if self.edges else (), both=True), \
                 hooks([(block.attn.c_proj, last_only), (block.ln_2, last_only)], before=True):
             x = last_only(self.model.residual_stream(contexts.idx))
         return self.model.unembed(x, contexts.last_tokens())[:, 0].gather(1, contexts.answers)
@@ -159,8 +220,7 @@ class Nodes:
             n, T = batch.idx.shape
             q, k = (seen[f"{block}.attn.attn_{part}"].view(n, T, attn.n_head, attn.d_head).transpose(1, 2)
                     for part in "qk")
-            # with the identity for values, what attention puts out are its weights
-            weights = unwrap(sink_attention)(q, k, torch.eye(T, device=self.device), attn.sink_logit, 0.0)
+            weights = attention_weights(q, k, attn.sink_logit)
             parts.append(weights[torch.arange(n, device=self.device), :, batch.last])
         return torch.cat(parts)
 
@@ -174,6 +234,17 @@ class Nodes:
                 found[name].append(x[real])
             self.logits(batch, gates, watch=keep)
         return {name: torch.cat(x) for name, x in found.items()}
+
+
+def linears(model):
+    """The Linears that join nodes: (Linear, site read, {site written: its first row})."""
+    for i, block in enumerate(model.transformer.h):
+        width = block.attn.n_head * block.attn.d_head
+        thirds = {f"{i}.attn.attn_{name}": third * width for third, name in enumerate("qkv")}
+        yield block.attn.c_attn, f"{i}.attn.attn_in", thirds
+        yield block.attn.c_proj, f"{i}.attn.attn_v", {f"{i}.attn.attn_out": 0}
+        yield block.mlp.c_fc, f"{i}.mlp.mlp_in", {f"{i}.mlp.mlp_neuron": 0}
+        yield block.mlp.c_proj, f"{i}.mlp.mlp_neuron", {f"{i}.mlp.mlp_out": 0}
 
 
 def matrices(model):
@@ -190,13 +261,17 @@ def matrices(model):
 
 
 def count(nodes, gates):
-    """A dict: nodes; edges, the nonzero weights between two of them; and, apart from these, their biases and
-    the weights of the embedding and unembedding at the channels that they read and write."""
+    """A dict: nodes; edges, the nonzero weights between two of them, but for the removed ones; weights, with
+    those; and, apart from these, their biases and the weights of the embedding and unembedding at the
+    channels that they read and write."""
     kept = {name: part != 0 for name, part in nodes.split(gates).items()}
-    number = {"nodes": int(gates.count_nonzero()), "edges": 0, "biases": 0}
+    number = {"nodes": int(gates[:nodes.nodes].count_nonzero()), "edges": 0, "weights": 0, "biases": 0}
     for read, written, weight, bias in matrices(nodes.model):
-        number["edges"] += int(weight[kept[written]][:, kept[read]].count_nonzero())
+        number["weights"] += int(weight[kept[written]][:, kept[read]].count_nonzero())
         number["biases"] += 0 if bias is None else int(bias[kept[written]].count_nonzero())
+    removed = [e for e in range(len(nodes.edges)) if gates[nodes.nodes + e] == 0
+               and gates[nodes.ends[e]].ne(0).all()]
+    number["edges"] = number["weights"] - len(removed)
     for key, weight, end in (("embedding", nodes.model.transformer.wte.weight, "_in"),
                              ("unembedding", nodes.model.lm_head.weight, "_out")):
         channels = torch.stack([k for name, k in kept.items() if name.endswith(end)]).any(0)
@@ -212,8 +287,3 @@ def survival(nodes, contexts, gates):
     """
     whole, inside = (nodes.activations(contexts, g) for g in (torch.ones_like(gates), gates))
     return {name: 1 - (inside[name] - x).var(0) / x.var(0) for name, x in whole.items()}
-
-
-def loss_of(logits):
-    """Cross-entropy between two answers, logits (n, 2), the right one's first: (n)."""
-    return F.softplus(logits[:, 1] - logits[:, 0])

@@ -12,7 +12,8 @@ import torch
 
 from circuits.nodes import matrices
 from configurator import configure, fail
-from experiments.plot import plt, save
+from figures import new_figure, save
+from tokenizer import spell
 
 circuit = ""  # the path of a circuit.json
 image = ""  # where to write the figure; '': circuit.png, beside it
@@ -36,26 +37,16 @@ what the values are there; what comes next, and by how much the circuit prefers 
 # what is drawn
 
 
-def spell(tokenizer, token):
-    """A token on one line: ⏎ is a newline, ␣ a space where there is nothing else."""
-    text = tokenizer.decode([token]).replace("\n", "⏎").replace("\t", "⇥")
-    spaces = text.count(" ")
-    if text.strip(" ⏎"):
-        return text
-    return text.replace(" ", "␣") if spaces < 4 else text.replace(" ", "") + f"␣×{spaces}"
-
-
 def location_of(site):
     return site.split(".")[-1]
 
 
-def edges_of(nodes, kept):
-    """Lists of [site, channel, site, channel, weight] between kept nodes; and of every kept node, as
+def edges_of(nodes, gates, kept):
+    """Lists of [site, channel, site, channel, weight] of the edges; and of every kept node, as
     'site.channel', how many of its weights these are, and of how many."""
-    edges, number = [], {}
+    edges, number = [list(edge) for edge in nodes.edges_in(gates)], {}
     for read, written, weight, _ in matrices(nodes.model):
         ins, outs = kept.get(read, []), kept.get(written, [])
-        edges += [[read, i, written, o, weight[o, i].item()] for o in outs for i in ins if weight[o, i] != 0]
         for site, channels, dim in ((read, ins, 0), (written, outs, 1)):
             for c in channels:
                 number.setdefault(f"{site}.{c}", [0, 0])[1] += int(weight.select(1 - dim, c).count_nonzero())
@@ -131,7 +122,7 @@ def examples_of(nodes, gates, contexts, kept, tokenizer):
 def describe(nodes, gates, contexts, tokenizer):
     """All that `draw` needs of a circuit besides its size and loss: a dict that JSON can hold."""
     model, kept = nodes.model, nodes.kept(gates)
-    edges, number = edges_of(nodes, kept)
+    edges, number = edges_of(nodes, gates, kept)
     inside = nodes.activations(contexts, gates)
     unembedding = model.lm_head.weight * model.transformer.ln_f.weight
     present = contexts.idx.unique()
@@ -268,8 +259,8 @@ def draw(record, path):
     height = min(max(4.5, 0.25 * max(map(len, columns.values()))), 30.0)
     examples = 0.17 * sum(3.4 + 2.6 * (sum(len(token) + 0.6 for token in example["tokens"]) // WIDTH)
                           for example in record["picture"]["examples"])
-    figure, (axis, below) = plt.subplots(2, 1, figsize=(14, height + examples + 1.4), layout="constrained",
-                                         height_ratios=(height, examples + 0.1))
+    figure, (axis, below) = new_figure(14, height + examples + 1.4, rows=2,
+                                       height_ratios=(height, examples + 0.1))
     right = max(columns) + 1
     answers = [(right, 0.7), (right, 0.3)]
     draw_lines(axis, record, at, answers)
@@ -291,7 +282,6 @@ def draw(record, path):
     axis.text(-0.75, -0.04, LEGEND, fontsize=7, color="0.3", va="top")
     draw_examples(below, record)
     save(figure, path)
-    plt.close(figure)
 
 
 def main():

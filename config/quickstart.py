@@ -7,6 +7,7 @@ dataset = "python_stdlib"
 n_layer = 1
 d_model = 256
 block_size = 64
+use_positional_embeddings = True  # the paper's models have none; here they cost nothing, and show order
 
 target_l0_fraction = 1 / 16
 sparsity_anneal_end_fraction = 0.2  # a run as short as this one needs its time at the target

@@ -6,6 +6,7 @@ dataset = "python_stdlib"
 n_layer = 2
 d_model = 256
 block_size = 64
+use_positional_embeddings = True  # as in the quickstart
 
 target_l0_fraction = 1 / 16
 sparsity_anneal_end_fraction = 0.2  # as in the quickstart

@@ -3,28 +3,15 @@
     python -m experiments.plot --out_dir=out/quickstart                    # writes out/quickstart/curves.png
     python -m experiments.plot --out_dir=out/sparse --beside=out/dense     # with the val loss of another run
 """
-import json
 import os
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws without a screen
-import matplotlib.pyplot as plt
-
-from configurator import configure, fail
+from configurator import configure
+from figures import new_figure, plain, save
+from runs import read_log
 
 out_dir = "out"  # of the training run
 beside = ""  # the out_dir of another run, to compare with
 image = ""  # where to write the figure; '': out_dir/curves.png
-
-
-def read_log(path):
-    """The records of a log.jsonl, a list of dicts."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            return [json.loads(line) for line in f if line.endswith("}\n")]  # a killed run may tear its last
-    except (OSError, ValueError) as e:
-        fail(f"cannot read the log {path} ({e}): give the --out_dir of a training run")
 
 
 def curve(records, key):
@@ -33,19 +20,10 @@ def curve(records, key):
     return [step for step, _ in found], [value for _, value in found]
 
 
-def save(figure, path):
-    """Write a figure to `path`; ends the script if that cannot be done."""
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as e:
-        fail(f"cannot write {path} ({e}): choose another --image")
-    print(f"wrote {path}")
-
-
 def main():
     configure(globals())
     records = read_log(os.path.join(out_dir, "log.jsonl"))
-    figure, (loss, l0, lr) = plt.subplots(3, 1, figsize=(7, 6), sharex=True, height_ratios=(2, 1, 1))
+    figure, (loss, l0, lr) = new_figure(7, 6, rows=3, sharex=True, height_ratios=(2, 1, 1))
     loss.plot(*curve(records, "loss"), color="0.75", linewidth=1, label="training batch")
     loss.plot(*curve(records, "val/loss"), color="C0", marker="o", markersize=4, label="validation")
     if beside:
@@ -61,10 +39,8 @@ def main():
     lr.set_ylim(0)
     lr.set_xlabel("step")
     for axis in (loss, l0, lr):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
+        plain(axis)
     figure.align_ylabels()
-    figure.tight_layout()
     save(figure, image or os.path.join(out_dir, "curves.png"))
 
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,12 +20,11 @@ import torch
 
 import runs
 from conftest import REPO, checkpoint
-from experiments import circuits, evaluate, plot
-from experiments import run as experiments
+from experiments import ablations, circuit_sizes, evaluate, plot
 from model import GPT, GPTConfig
 
 # ----------------------------------------------------------------------------------------------------------
-# experiments/run.py
+# experiments/ablations.py
 
 
 @pytest.fixture
@@ -38,30 +38,30 @@ def recorded(tmp_path, monkeypatch):
     def train_one(flags, rate, seed):
         trained.append((flags, rate, seed))
         loss = round(abs(math.log(rate / (0.005 if "eps" in flags else 0.02))), 4) + seed + ("eps" in flags)
-        return dict.fromkeys(experiments.COLUMNS[3:], 0) | {"val_loss": loss, "nonzero": 9}
+        return dict.fromkeys(ablations.COLUMNS[3:], 0) | {"val_loss": loss, "nonzero": 9}
 
-    monkeypatch.setattr(experiments, "PATH", str(tmp_path / "runs.csv"))
-    monkeypatch.setattr(experiments, "train_one", train_one)
-    monkeypatch.setattr(experiments, "jobs", 2)
-    monkeypatch.setattr(experiments, "image", str(tmp_path / "figure.png"))
-    monkeypatch.setattr(experiments, "ABLATIONS", [
-        experiments.Ablation("beta", "--beta1=0.8", "neutral"),
-        experiments.Ablation("eps 9", "--eps=9.0", "neutral", "nothing", tuned=True)])
+    monkeypatch.setattr(ablations, "PATH", str(tmp_path / "ablations.csv"))
+    monkeypatch.setattr(ablations, "train_one", train_one)
+    monkeypatch.setattr(ablations, "jobs", 2)
+    monkeypatch.setattr(ablations, "image", str(tmp_path / "figure.png"))
+    monkeypatch.setattr(ablations, "ABLATIONS", [
+        ablations.Ablation("beta", "--beta1=0.8", "neutral"),
+        ablations.Ablation("eps 9", "--eps=9.0", "neutral", "nothing", tuned=True)])
     return trained
 
 
 def test_ablations_are_run_once(recorded, capsys):
     """Three seeds each, at a tuned rate or the base's, the changes paired by seed; and never again."""
-    experiments.run_ablations(experiments.Runs())
+    ablations.run_ablations(ablations.Record())
     rates = {seed: {rate for flags, rate, s in recorded if not flags and s == seed} for seed in (1, 2, 3)}
     assert rates == {1: {0.009, 0.018, 0.036}, 2: {0.018}, 3: {0.018}}
     assert sorted(run[1:] for run in recorded if "beta" in run[0]) == [(0.018, seed) for seed in (1, 2, 3)]
     assert {rate for flags, rate, seed in recorded if "eps" in flags and seed > 1} == {0.0045}
     before = len(recorded)
-    runs = experiments.Runs()
-    experiments.run_ablations(runs)
+    runs = ablations.Record()
+    ablations.run_ablations(runs)
     assert len(recorded) == before
-    experiments.print_ablations(runs)
+    ablations.print_ablations(runs)
     printed = capsys.readouterr().out
     assert "| eps 9 | `--eps=9.0` | 0.0045 | +1.000 ± 0.000 | 3 | 0 | nothing | no: worse |" in printed
     assert "| beta | `--beta1=0.8` | 0.018 | +0.000 ± 0.000 | 3 | 0 |  | yes |" in printed
@@ -70,44 +70,44 @@ def test_ablations_are_run_once(recorded, capsys):
 def test_the_best_rate_lies_between_two_others(recorded, monkeypatch):
     """However far from the start it is, also if the runs are stopped and started on the way."""
     best = {0.00225, 0.0045, 0.009, 0.018, 0.036}
-    train_one = experiments.train_one
+    train_one = ablations.train_one
 
     def stop_at_the_third(flags, rate, seed):
         if len(recorded) == 3:
             raise SystemExit("stopped")
         return train_one(flags, rate, seed)
 
-    monkeypatch.setattr(experiments, "train_one", stop_at_the_third)
+    monkeypatch.setattr(ablations, "train_one", stop_at_the_third)
     with pytest.raises(SystemExit):
-        experiments.tune(experiments.Runs(), ["--eps=9.0"])
-    monkeypatch.setattr(experiments, "train_one", train_one)
-    runs = experiments.Runs()
-    experiments.tune(runs, ["--eps=9.0"])
+        ablations.tune(ablations.Record(), ["--eps=9.0"])
+    monkeypatch.setattr(ablations, "train_one", train_one)
+    runs = ablations.Record()
+    ablations.tune(runs, ["--eps=9.0"])
     assert runs.rates("--eps=9.0")[0] == 0.0045
     assert {rate for _, rate, _ in recorded} == best and len(recorded) == len(best)
 
 
 def test_the_rate_with_most_seeds_is_reported(recorded):
     """One run of another rate, even if it is better, does not stand for three."""
-    runs = experiments.Runs()
-    experiments.run_missing(runs, [("--eps=9.0", rate, seed) for rate, seed in
+    runs = ablations.Record()
+    ablations.run_missing(runs, [("--eps=9.0", rate, seed) for rate, seed in
                                    ((0.009, 1), (0.009, 2), (0.009, 3), (0.0045, 1))])
     assert [float(row["learning_rate"]) for row in runs.reported("--eps=9.0")] == [0.009] * 3
 
 
 def test_the_verdict_looks_at_the_spread(recorded, monkeypatch, capsys):
     """A change smaller than its spread over the seeds is called neutral; one seed has no verdict."""
-    monkeypatch.setattr(experiments, "ABLATIONS", [
-        experiments.Ablation("noisy", "--a", "worse"), experiments.Ablation("worse", "--b", "worse"),
-        experiments.Ablation("once", "--c", "worse")])
-    runs = experiments.Runs()
-    record = dict.fromkeys(experiments.COLUMNS[3:], 0)
+    monkeypatch.setattr(ablations, "ABLATIONS", [
+        ablations.Ablation("noisy", "--a", "worse"), ablations.Ablation("worse", "--b", "worse"),
+        ablations.Ablation("once", "--c", "worse")])
+    runs = ablations.Record()
+    record = dict.fromkeys(ablations.COLUMNS[3:], 0)
     for flags, all_losses in (("", (1.0, 1.0, 1.0)), ("--a", (1.0, 1.3, 0.95)), ("--b", (1.1, 1.1, 1.2)),
                               ("--c", (1.5,))):
         for seed, loss in enumerate(all_losses, 1):
             runs.add(flags, 0.018, seed, record | {"val_loss": loss})
     runs.add("", 0.009, 1, record | {"val_loss": 0.9})  # better, but of one seed
-    experiments.print_ablations(runs)
+    ablations.print_ablations(runs)
     base, *_, noisy, worse, once = capsys.readouterr().out.strip().split("\n")[-7:]
     assert "learning rate 0.018, val loss 1.000" in base
     assert noisy.endswith("| no: neutral |") and worse.endswith("| yes |") and once.endswith("|  |")
@@ -115,21 +115,21 @@ def test_the_verdict_looks_at_the_spread(recorded, monkeypatch, capsys):
 
 def test_some_ablations_are_run_for_longer(recorded, monkeypatch, capsys):
     """The base and those that say so, at rates of their own; then both lengths stand side by side."""
-    monkeypatch.setattr(experiments, "ABLATIONS", [
-        experiments.Ablation("beta", "--beta1=0.8", "neutral"),
-        experiments.Ablation("eps 9", "--eps=9.0", "worse", longer=True)])
-    runs = experiments.Runs()
-    experiments.run_ablations(runs)
-    experiments.print_longer(runs)
+    monkeypatch.setattr(ablations, "ABLATIONS", [
+        ablations.Ablation("beta", "--beta1=0.8", "neutral"),
+        ablations.Ablation("eps 9", "--eps=9.0", "worse", longer=True)])
+    runs = ablations.Record()
+    ablations.run_ablations(runs)
+    ablations.print_longer(runs)
     assert not capsys.readouterr().out.count("3,200")
     before = len(recorded)
-    experiments.run_longer(runs)
+    ablations.run_longer(runs)
     assert {flags for flags, *_ in recorded[before:]} == {
-        experiments.LONGER, f"--eps=9.0 {experiments.LONGER}"}
+        ablations.LONGER, f"--eps=9.0 {ablations.LONGER}"}
     assert {rate for flags, rate, seed in recorded[before:] if seed > 1 and "eps" in flags} == {0.0045}
-    runs.rows[f"--eps=9.0 {experiments.LONGER}", 0.0045, 2]["val_loss"] = "0.0"
+    runs.rows[f"--eps=9.0 {ablations.LONGER}", 0.0045, 2]["val_loss"] = "0.0"
     capsys.readouterr()
-    experiments.print_longer(runs)
+    ablations.print_longer(runs)
     last = capsys.readouterr().out.strip().split("\n")[-1]
     assert last.startswith("| eps 9 | +2.175 ± 0.000 | 3 |") and "| 3 | 0.0045 |" in last
     assert last.endswith("| yes; no: neutral |")
@@ -137,23 +137,23 @@ def test_some_ablations_are_run_for_longer(recorded, monkeypatch, capsys):
 
 def test_the_scaling_runs_fit_and_are_drawn(recorded, tmp_path):
     """All models of the figure can be built at their L0, and all seeds are run at their width's rate."""
-    runs = experiments.Runs()
-    experiments.run_scaling(runs)
+    runs = ablations.Record()
+    ablations.run_scaling(runs)
     models = {flags for flags, _, _ in recorded}
-    assert models == {flags for line in experiments.scaling_lines().values() for flags in line}
-    assert [len(line) for line in experiments.scaling_lines().values()] == [4, 5, 4, 4, 3, 3, 2]
+    assert models == {flags for line in ablations.scaling_lines().values() for flags in line}
+    assert [len(line) for line in ablations.scaling_lines().values()] == [4, 5, 4, 4, 3, 3, 2]
     assert all({(flags, 0.018, seed) for seed in (1, 2, 3)} <= set(recorded) for flags in models)
-    experiments.draw_scaling(runs)
+    ablations.draw_scaling(runs)
     assert (tmp_path / "figure.png").stat().st_size > 0
 
 
 def test_a_diverged_run_has_no_point_in_the_figure(recorded, tmp_path):
     """The figure is drawn without it."""
-    runs = experiments.Runs()
-    experiments.run_scaling(runs)
-    flags = next(iter(experiments.sparse_models(64).values()))
+    runs = ablations.Record()
+    ablations.run_scaling(runs)
+    flags = next(iter(ablations.sparse_models(64).values()))
     runs.rows[flags, 0.018, 3] |= {"val_loss": "inf", "nonzero": ""}
-    experiments.draw_scaling(runs)
+    ablations.draw_scaling(runs)
     assert (tmp_path / "figure.png").stat().st_size > 0
 
 
@@ -162,9 +162,9 @@ def test_a_diverged_run_has_no_point_in_the_figure(recorded, tmp_path):
 def test_bad_input_to_experiments(recorded, monkeypatch, capsys, flags, error):
     """It ends the script with one line, before any run is made."""
     monkeypatch.setattr(sys, "argv", ["run", flags])
-    monkeypatch.setattr(experiments, "only", "")
+    monkeypatch.setattr(ablations, "only", "")
     with pytest.raises(SystemExit):
-        experiments.main()
+        ablations.main()
     assert error in capsys.readouterr().err and not recorded
 
 
@@ -177,10 +177,10 @@ def test_an_experiment_trains(prepared, monkeypatch):
     """What is recorded is what train.py logged last; a loss that is not finite is recorded as infinite."""
     monkeypatch.chdir(REPO)
     flags = f"--dataset={prepared}/data/tiny {AN_EXPERIMENT}"
-    record = experiments.train_one(flags, 0.01, 1)
-    assert record.keys() == set(experiments.COLUMNS[3:])
+    record = ablations.train_one(flags, 0.01, 1)
+    assert record.keys() == set(ablations.COLUMNS[3:])
     assert 4 < float(record["val_loss"]) < 6 and record["dead_neurons"] == 0 and record["nonzero"] > 0
-    assert experiments.train_one(flags, 1e17, 1)["val_loss"] == "inf"
+    assert ablations.train_one(flags, 1e17, 1)["val_loss"] == "inf"
 
 
 @pytest.mark.slow
@@ -199,11 +199,11 @@ def test_an_experiment_that_was_stopped_is_not_recorded(prepared, monkeypatch):
 
     monkeypatch.setattr(subprocess, "Popen", stop_soon)
     with pytest.raises(SystemExit, match="was stopped"):
-        experiments.train_one(f"--dataset={prepared}/data/tiny {AN_EXPERIMENT} --max_iters=100000", 0.01, 1)
+        ablations.train_one(f"--dataset={prepared}/data/tiny {AN_EXPERIMENT} --max_iters=100000", 0.01, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# experiments/circuits.py
+# experiments/circuit_sizes.py
 
 OF_A_ROW = {"whole_val_loss": 0.1, "whole_train_loss": 0.1, "pretraining_loss": 3.8, "nonzero": 9}
 
@@ -212,12 +212,12 @@ OF_A_ROW = {"whole_val_loss": 0.1, "whole_train_loss": 0.1, "pretraining_loss": 
 def small_search(tmp_path, monkeypatch):
     """Two tasks, two penalties, one mask seed and two targets; a CSV and figures of their own."""
     for name, value in {
-        "record": str(tmp_path / "circuits.csv"), "models": str(tmp_path / "models"), "device": "cpu",
+        "record": str(tmp_path / "circuit_sizes.csv"), "models": str(tmp_path / "models"), "device": "cpu",
         "TASKS": ("one", "two"), "MORE_TASKS": ("three",), "TARGETS": (0.15, 5.0), "PENALTIES": (1e-3, 1e-2),
         "TRIALS": [(1e-3, 0), (1e-2, 0)], "widths_target": 0.15,
         "targets_image": str(tmp_path / "targets.png"), "widths_image": str(tmp_path / "widths.png"),
     }.items():
-        monkeypatch.setattr(circuits, name, value)
+        monkeypatch.setattr(circuit_sizes, name, value)
 
 
 def rows_of(flags, seed, task, edges):
@@ -230,61 +230,62 @@ def rows_of(flags, seed, task, edges):
 @pytest.fixture
 def searched(small_search):
     """The sparse model and a dense one, three seeds each: ratios of 8, 2 and 4 in a task, 1 in the other."""
-    for seed, ratio in zip(circuits.SEEDS, (8, 2, 4), strict=True):
+    for seed, ratio in zip(circuit_sizes.SEEDS, (8, 2, 4), strict=True):
         for flags, edges in (("", 10), ("--target_l0_fraction=1", 10 * ratio)):
-            circuits.add(rows_of(flags, seed, "one", edges))
-            circuits.add(rows_of(flags, seed, "two", 10))
+            circuit_sizes.add(rows_of(flags, seed, "one", edges))
+            circuit_sizes.add(rows_of(flags, seed, "two", 10))
 
 
 def test_circuits_are_compared_over_tasks_and_seeds(searched, capsys):
     """The fewest edges of a search count; ratios are geometric means over tasks, by seed; and none is made
     of a target that is not reached. Figures are drawn."""
-    circuits.report()
+    circuit_sizes.report()
     printed = capsys.readouterr().out.split("\n")
     assert "| 5.0 | 2 | 10 (10 to 10) | 20 (14.1 to 28.3) | 2 (1.41 to 2.83) |" in printed
     assert "| one | 5.0 | 10 (10 to 10) | 40 (20 to 80) | 4 (2 to 8) |" in printed
     assert "| one | 0.15 | none, 0 of 3 | none, 0 of 3 | none, 0 of 3 |" in printed
     assert "| 0.15 | 0 |  |  |  |" in printed
-    assert os.path.getsize(circuits.targets_image) > 0
-    assert not os.path.exists(circuits.widths_image)  # no model reaches 0.15
+    assert os.path.getsize(circuit_sizes.targets_image) > 0
+    assert not os.path.exists(circuit_sizes.widths_image)  # no model reaches 0.15
 
 
 def test_a_search_counts_when_it_is_whole(searched):
     """Fewer masks would be another budget: that model has no point, and a torn row no meaning."""
-    circuits.add(rows_of("--d_model=512", 1337, "one", 5))
-    circuits.add(rows_of("--d_model=512", 1337, "two", 5)[:3])
-    with open(circuits.record, "a", encoding="utf-8") as f:
+    circuit_sizes.add(rows_of("--d_model=512", 1337, "one", 5))
+    circuit_sizes.add(rows_of("--d_model=512", 1337, "two", 5)[:3])
+    with open(circuit_sizes.record, "a", encoding="utf-8") as f:
         f.write("--d_model=512,1337,tw")
-    found = circuits.Found(circuits.read_record())
-    assert found.seeds("--d_model=512") == [] and found.seeds("") == list(circuits.SEEDS)
+    found = circuit_sizes.Found(circuit_sizes.read_record())
+    assert found.seeds("--d_model=512") == [] and found.seeds("") == list(circuit_sizes.SEEDS)
 
 
 def test_a_task_that_one_model_cannot_do_is_not_common(searched):
     """Nor is one in which a seed has not been searched."""
     both = ("", "--target_l0_fraction=1")
-    circuits.add(rows_of("", 1, "three", 7))
-    found = circuits.Found(circuits.read_record())
+    circuit_sizes.add(rows_of("", 1, "three", 7))
+    found = circuit_sizes.Found(circuit_sizes.read_record())
     assert found.common(both, 5.0) == ["one", "two"] and found.common(both, 0.15) == []
     assert found.edges("", ["three"], 5.0) == {1: pytest.approx(7)}
 
 
 def test_ratios_are_looked_at_otherwise(searched, monkeypatch, capsys):
     """By cell: all of them, nodes too, and only those in which both models do the task as a whole."""
-    monkeypatch.setattr(circuits, "widths_target", 5.0)
+    monkeypatch.setattr(circuit_sizes, "widths_target", 5.0)
     one, two = rows_of("--d_model=9", 1, "one", 40), rows_of("--d_model=9", 1, "two", 10)
-    circuits.add([row | {"whole_train_loss": 6.0} for row in one])
-    circuits.add([row | {"nodes": row["nodes"] and 20, "val_loss": 7.0} for row in two])
-    circuits.print_otherwise(circuits.Found(circuits.read_record()), {"sparse": "", "other": "--d_model=9"})
+    circuit_sizes.add([row | {"whole_train_loss": 6.0} for row in one])
+    circuit_sizes.add([row | {"nodes": row["nodes"] and 20, "val_loss": 7.0} for row in two])
+    found = circuit_sizes.Found(circuit_sizes.read_record())
+    circuit_sizes.print_otherwise(found, {"sparse": "", "other": "--d_model=9"})
     cells = [line.split(" | ")[-1] for line in capsys.readouterr().out.strip().split("\n")[2:]]
     assert cells == [" |", "2 (2) |", "2.83 (2) |", "1 (1) |", "4 (1) |", "1 to 4 |"]
 
 
 def test_choices_stand_beside_the_sparse_model(searched, monkeypatch, capsys):
     """In the tasks that they are searched for; one that is not searched has no row."""
-    monkeypatch.setattr(circuits, "CHOICES", {"longer": "--max_iters=9", "another": "--seed=9"})
-    monkeypatch.setattr(circuits, "CHOICES_TASKS", ("one",))
-    circuits.add(rows_of("--max_iters=9", 1, "one", 30))
-    circuits.print_choices(circuits.Found(circuits.read_record()))
+    monkeypatch.setattr(circuit_sizes, "CHOICES", {"longer": "--max_iters=9", "another": "--seed=9"})
+    monkeypatch.setattr(circuit_sizes, "CHOICES_TASKS", ("one",))
+    circuit_sizes.add(rows_of("--max_iters=9", 1, "one", 30))
+    circuit_sizes.print_choices(circuit_sizes.Found(circuit_sizes.read_record()))
     base, longer = capsys.readouterr().out.strip().split("\n")[2:]
     assert base == "| as configured | `` | 3 | 3.800 | none, 0 of 3 | 10 (10 to 10) |"
     assert longer == "| longer | `--max_iters=9` | 1 | 3.800 | none, 0 of 1 | 30 |"
@@ -292,27 +293,27 @@ def test_choices_stand_beside_the_sparse_model(searched, monkeypatch, capsys):
 
 def test_widths_are_drawn(searched, monkeypatch):
     """The models that do the tasks that are asked for, or else those that all can do, have a point."""
-    monkeypatch.setattr(circuits, "widths_target", 5.0)
-    circuits.report()
-    assert os.path.getsize(circuits.widths_image) > 0
-    circuits.add([row | {"nodes": ""} for row in rows_of("--d_model=512", 1, "one", 3)])
-    circuits.add(rows_of("--d_model=512", 1, "two", 3))
-    found = circuits.Found(circuits.read_record())
-    assert [(n, len(points)) for n, points in [circuits.print_grid(found)]] == [(1, 3)]
-    monkeypatch.setattr(circuits, "widths_tasks", "one,two")
-    n, points = circuits.print_grid(found)
+    monkeypatch.setattr(circuit_sizes, "widths_target", 5.0)
+    circuit_sizes.report()
+    assert os.path.getsize(circuit_sizes.widths_image) > 0
+    circuit_sizes.add([row | {"nodes": ""} for row in rows_of("--d_model=512", 1, "one", 3)])
+    circuit_sizes.add(rows_of("--d_model=512", 1, "two", 3))
+    found = circuit_sizes.Found(circuit_sizes.read_record())
+    assert [(n, len(points)) for n, points in [circuit_sizes.print_grid(found)]] == [(1, 3)]
+    monkeypatch.setattr(circuit_sizes, "widths_tasks", "one,two")
+    n, points = circuit_sizes.print_grid(found)
     assert n == 2 and [point[:2] for point in points] == [(256, "1"), (256, "1/16")]
 
 
 def test_all_models_of_the_grid_can_be_built():
     """Every L0 leaves the neurons their minimum of weights; two models are of figure 2; no job is twice."""
-    for d_model, levels in circuits.GRID.items():
+    for d_model, levels in circuit_sizes.GRID.items():
         smallest = GPT(GPTConfig(n_layer=1, d_model=d_model, use_bigram_table=False)).smallest_l0()
         assert all(eval(l0) >= smallest for l0 in levels)
-    jobs = [(flags, seed, task) for flags, seed, tasks in circuits.all_jobs() for task in tasks]
+    jobs = [(flags, seed, task) for flags, seed, tasks in circuit_sizes.all_jobs() for task in tasks]
     assert len(jobs) == len(set(jobs))
-    assert circuits.grid_flags(256, "1/16") == circuits.MODELS["sparse"]
-    assert circuits.grid_flags(256, "1") == circuits.MODELS["dense, same shape"]
+    assert circuit_sizes.grid_flags(256, "1/16") == circuit_sizes.MODELS["sparse"]
+    assert circuit_sizes.grid_flags(256, "1") == circuit_sizes.MODELS["dense, same shape"]
 
 
 @pytest.fixture
@@ -321,27 +322,27 @@ def tasks_here(trained, small_search, monkeypatch):
     os.mkdir("tasks")
     for task, answers in {"one": ["r", "t"], "two": ["e", "s"]}.items():
         Path("tasks", f"{task}.json").write_text(json.dumps({"answers": answers}))
-    monkeypatch.setattr(circuits, "train", lambda flags, seed: "out")
+    monkeypatch.setattr(circuit_sizes, "train", lambda flags, seed: "out")
     for name, value in (("steps", 2), ("batch_size", 4), ("choosing_contexts", 32),
                         ("judging_contexts", 40), ("mean_windows", 4)):
-        monkeypatch.setattr(circuits.circuit, name, value)
+        monkeypatch.setattr(circuit_sizes.circuit, name, value)
 
 
 def test_a_job_adds_what_is_missing(tasks_here, monkeypatch):
     """A row for each mask and target; a job that was stopped goes on after its last mask."""
-    circuits.run_job("", 1, ("one",))
-    whole = circuits.read_record()
+    circuit_sizes.run_job("", 1, ("one",))
+    whole = circuit_sizes.read_record()
     assert [(float(row["penalty"]), float(row["target_loss"])) for row in whole] == [
-        (penalty, target) for penalty in circuits.PENALTIES for target in circuits.TARGETS]
+        (penalty, target) for penalty in circuit_sizes.PENALTIES for target in circuit_sizes.TARGETS]
     assert all(1 <= int(row["nodes"]) <= int(row["edges"]) + int(row["nodes"]) for row in whole[1::2])
-    os.remove(circuits.record)
-    circuits.add([{name: row[name] for name in circuits.COLUMNS} for row in whole[:2]])
-    learned, learn_masks = [], circuits.circuit.learn_masks
-    monkeypatch.setattr(circuits.circuit, "learn_masks", lambda nodes, contexts, trials: (
+    os.remove(circuit_sizes.record)
+    circuit_sizes.add([{name: row[name] for name in circuit_sizes.COLUMNS} for row in whole[:2]])
+    learned, learn_masks = [], circuit_sizes.circuit.learn_masks
+    monkeypatch.setattr(circuit_sizes.circuit, "learn_masks", lambda nodes, contexts, trials: (
         learned.extend(trials), learn_masks(nodes, contexts, trials))[1])
-    circuits.run_job("", 1, ("one",))
-    assert circuits.read_record() == whole and learned == [(1e-2, 0)]
-    circuits.run_job("", 1, ("one",))
+    circuit_sizes.run_job("", 1, ("one",))
+    assert circuit_sizes.read_record() == whole and learned == [(1e-2, 0)]
+    circuit_sizes.run_job("", 1, ("one",))
     assert len(learned) == 1
 
 
@@ -349,9 +350,9 @@ def test_a_job_adds_what_is_missing(tasks_here, monkeypatch):
 def test_a_training_that_was_stopped_goes_on(prepared, small_search, monkeypatch):
     """From its checkpoint; and once it is at its end, nothing is run."""
     monkeypatch.chdir(REPO)
-    monkeypatch.setattr(circuits, "config", "experiments/tiny.py")
-    monkeypatch.setattr(circuits, "TRAINING", f"{AN_EXPERIMENT} --dataset={prepared}/data/tiny")
-    folder, commands = circuits.train("", 1), []
+    monkeypatch.setattr(circuit_sizes, "config", "config/tiny.py")
+    monkeypatch.setattr(circuit_sizes, "TRAINING", f"{AN_EXPERIMENT} --dataset={prepared}/data/tiny")
+    folder, commands = circuit_sizes.train("", 1), []
     path = os.path.join(folder, "ckpt.pt")
     saved = runs.load_checkpoint(path)
     saved["step"] = 2
@@ -359,21 +360,21 @@ def test_a_training_that_was_stopped_goes_on(prepared, small_search, monkeypatch
     run = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda command, **options: (
         commands.append(command), run(command, **options))[1])
-    assert circuits.train("", 1) == folder and commands[0][-1] == "--init_from=resume"
+    assert circuit_sizes.train("", 1) == folder and commands[0][-1] == "--init_from=resume"
     assert runs.load_checkpoint(path)["step"] == 3
-    circuits.train("", 1)
+    circuit_sizes.train("", 1)
     assert len(commands) == 1
     with pytest.raises(SystemExit, match="smallest that fits"):
-        circuits.train("--target_l0_fraction=1/9999", 1)
+        circuit_sizes.train("--target_l0_fraction=1/9999", 1)
 
 
 def test_bad_input_to_circuits(small_search, monkeypatch, capsys):
     """It ends the script with one line."""
     for argument, error in (("--jobs=-1", "must not be negative"), ("--jobs=0", "no sparse model"),
                             ("--widths_target=0.2", "widths_target=0.2")):
-        monkeypatch.setattr(sys, "argv", ["circuits", argument])
+        monkeypatch.setattr(sys, "argv", ["circuit_sizes", argument])
         with pytest.raises(SystemExit):
-            circuits.main()
+            circuit_sizes.main()
         captured = capsys.readouterr().err
         assert error in captured and captured.count("\n") == 1
 
@@ -461,3 +462,20 @@ def test_curves_are_drawn_beside_those_of_another_run(trained, monkeypatch):
     line = figures[0].axes[0].get_lines()[-1]
     assert line.get_label() == "validation of other"
     assert list(line.get_xdata()) == [0, 9] and list(line.get_ydata()) == [7.5, 6.25]
+
+
+def test_nothing_but_a_figure_needs_matplotlib():
+    """Importing circuit.py loads none of it; drawing leaves pyplot, and with it the backend, alone."""
+    code = """
+import sys
+import circuit, figures
+from circuits import picture
+from experiments import ablations, circuit_sizes, plot
+assert "matplotlib" not in sys.modules
+figures.save(figures.new_figure(1, 1)[0], sys.argv[1])
+assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "figure.png")
+        subprocess.run([sys.executable, "-c", code, path], cwd=REPO, check=True)
+        assert os.path.getsize(path) > 100

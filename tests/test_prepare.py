@@ -3,6 +3,7 @@ document, all sources and formats are read, and whatever goes wrong leaves the d
 """
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -24,6 +25,8 @@ from hypothesis import strategies as st
 
 import prepare
 from conftest import byte_tokenizer, tree
+from documents import files_of, say_once, split_text
+from tokenizer import load_tokenizer, save_tokenizer
 
 # with val_fraction 0.5 these are on both sides, whatever else is in the corpus
 TEXTS = [f"def f{i}(x):\n    return x + {i}  # number {i}\n" for i in range(24)]
@@ -53,7 +56,7 @@ def corpus(folder, texts=TEXTS, name="texts.jsonl"):
 
 def parts(folder):
     """The documents of train.bin and of val.bin, decoded with what is in the folder and nothing else."""
-    encoding = prepare.load_tokenizer(folder / "tokenizer.json")
+    encoding = load_tokenizer(folder / "tokenizer.json")
     documents = []
     for part in ("train", "val"):
         ids = np.fromfile(folder / f"{part}.bin", dtype="<u2")
@@ -104,7 +107,7 @@ def test_a_trained_tokenizer_has_vocab_size_tokens_the_last_being_endoftext(tmp_
     path = corpus(tmp_path, [*TEXTS, " " * 2_000_000])  # more spaces than a regular expression can take
     for size in (257, 280):
         folder = run_prepare(tmp_path, f"--dataset={path}", "--tokenizer=bpe", f"--vocab_size={size}")
-        encoding = prepare.load_tokenizer(folder / "tokenizer.json")
+        encoding = load_tokenizer(folder / "tokenizer.json")
         assert encoding.n_vocab == json.loads((folder / "meta.json").read_text())["vocab_size"] == size
         assert encoding.eot_token == size - 1 and len(encoding.token_byte_values()) == size - 1
 
@@ -132,14 +135,15 @@ def test_text_that_spells_endoftext_stays_text(tmp_path):
 
 
 def test_meta_counts_what_is_in_the_bins(tmp_path):
-    """Tokens are half the file's bytes, bytes are the text's, and the digest is that of tokenizer.json."""
+    """Tokens are half the file's bytes, bytes are the text's, and the digests are those of the files."""
     path = corpus(tmp_path, [*TEXTS, "naïve 🎉"])
     folder = run_prepare(tmp_path, f"--dataset={path}", "--tokenizer=bpe", "--vocab_size=280")
     meta = json.loads((folder / "meta.json").read_text())
     for part, documents in zip(("train", "val"), parts(folder)):
         tokens = (folder / f"{part}.bin").stat().st_size // 2
         assert meta[part] == {"tokens": tokens, "documents": len(documents),
-                              "bytes": sum(len(text.encode()) for text in documents)}
+                              "bytes": sum(len(text.encode()) for text in documents),
+                              "sha256": hashlib.sha256((folder / f"{part}.bin").read_bytes()).hexdigest()}
     digest = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
     assert meta["tokenizer_sha256"] == digest
 
@@ -196,45 +200,11 @@ def test_max_tokens_gives_a_beginning_of_the_whole(tmp_path):
 
 def test_the_largest_vocabulary_that_fits_uint16_is_stored_exactly(tmp_path):
     """With 65,536 tokens the last id is 65,535, and documents end with it; one more is an error."""
-    prepare.save_tokenizer(byte_tokenizer(65_535), tmp_path / "tokenizer.json")
+    save_tokenizer(byte_tokenizer(65_535), tmp_path / "tokenizer.json")
     folder = run_prepare(tmp_path, f"--dataset={corpus(tmp_path)}", f"--tokenizer={tmp_path}/tokenizer.json")
     train, val = parts(folder)
     assert sorted(train + val) == sorted(TEXTS)
     assert np.fromfile(folder / "val.bin", dtype="<u2").max() == 65_535
-
-
-def test_any_encoding_comes_back_from_its_file_unchanged(tmp_path):
-    """Shuffled byte ids, merges, unused ids, several special tokens: all as in published encodings."""
-    order = [b for b in range(256) if chr(b).isprintable() and b != 32]
-    order += [b for b in range(256) if b not in order]
-    ranks = {bytes([b]): i for i, b in enumerate(order)}
-    ranks |= {b"he": 256, "é".encode(): 257, b"\xc3\xa9\xff": 259, b" th": 261, b'"\n\x7f': 262}
-    gpt2_like = tiktoken.Encoding("gpt2-like", pat_str=r"'s|\p{L}+|[^\p{L}]+", mergeable_ranks=ranks,
-                                  special_tokens={"<|endoftext|>": 300, "<|pad|>": 258})
-    for encoding in (gpt2_like, byte_tokenizer(256)):
-        prepare.save_tokenizer(encoding, tmp_path / "tokenizer.json")
-        loaded = prepare.load_tokenizer(tmp_path / "tokenizer.json")
-        for attribute in ("name", "_pat_str", "_mergeable_ranks", "_special_tokens", "n_vocab"):
-            assert getattr(loaded, attribute) == getattr(encoding, attribute)
-        assert loaded.encode_ordinary("the été's\n🎉") == encoding.encode_ordinary("the été's\n🎉")
-
-
-@pytest.mark.parametrize("text", [
-    "", "[]", "{}", '{"tokens": 3}', '{"name": "x", "pattern": "(", "special_tokens": {}, "tokens": ["a"]}',
-    '{"name": "x", "pattern": ".", "special_tokens": {}, "tokens": ["a", "a"]}',
-    '{"name": "x", "pattern": ".", "special_tokens": {"e": 0}, "tokens": ["a"]}',
-    '{"name": "x", "pattern": ".", "special_tokens": {"e": -1}, "tokens": ["a"]}',
-    '{"name": "x", "pattern": ".", "special_tokens": {}, "tokens": [[999]]}',
-    '{"name": "x", "pattern": ".", "special_tokens": {}, "tokens": [7]}'])
-def test_a_malformed_tokenizer_file_is_a_value_error(tmp_path, text):
-    """load_tokenizer says in a sentence which file is wrong; a missing file stays a FileNotFoundError."""
-    path = tmp_path / "tokenizer.json"
-    with pytest.raises(FileNotFoundError):
-        prepare.load_tokenizer(path)
-    path.write_text(text)
-    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer that prepare.py wrote") as error:
-        prepare.load_tokenizer(path)
-    assert "\n" not in str(error.value)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -275,6 +245,56 @@ def test_brackets_in_names(tmp_path, monkeypatch, dataset):
     monkeypatch.chdir(tmp_path)
     train, val = parts(run_prepare(tmp_path, f"--dataset={dataset}"))
     assert len(train + val) == len(TEXTS)
+
+
+def test_a_large_text_is_split_as_it_is_read():
+    """The first document of a .txt comes out before the second megabyte is asked for; and no separator is
+    missed where two readings meet."""
+    class Text(io.BytesIO):
+        def read(self, size=-1):
+            assert size > 0, "all of the file was asked for"
+            return super().read(size)
+    file = Text(b"first<|endoftext|>" + b"x" * 5_000_000)
+    assert next(split_text(file, "<|endoftext|>")) == b"first" and file.tell() <= 2**20
+    for shift in range(15):
+        pieces = [b"a" * (2**20 - shift), b"b" * (2**20 - shift), b"c"]
+        file = Text(b"<|endoftext|>".join(pieces))
+        assert list(split_text(file, "<|endoftext|>")) == pieces
+
+
+@pytest.mark.parametrize("separator, occurs", [
+    (r"\n\n", True), ("\n\n", True), (r"\t", False), ("%%", False)])
+def test_a_separator_is_read_as_it_is_written_on_a_command_line(tmp_path, capsys, separator, occurs):
+    """Escapes are understood; one that never occurs is said, once."""
+    for i in range(12):
+        (tmp_path / f"{i}.txt").write_text(f"{i}\ntwo\n\nthree {i}\n")
+    say_once.cache_clear()
+    train, val = parts(run_prepare(tmp_path, f"--dataset={tmp_path}/*.txt", f"--separator={separator}"))
+    said = capsys.readouterr().out.count(f"a .txt without separator={separator!r} in it is one document")
+    assert said == (not occurs)
+    assert sorted(train + val) == sorted(text for i in range(12) for text in (
+        (f"{i}\ntwo", f"three {i}") if occurs else (f"{i}\ntwo\n\nthree {i}\n",)))
+
+
+def test_links_between_folders_count_a_file_once(tmp_path, monkeypatch):
+    """** goes into each real folder once, links to other places too, and ends where links go round."""
+    for folder in ("lib/deep", "elsewhere", ".hidden"):
+        (tmp_path / "text" / folder).mkdir(parents=True)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for path in ("lib/a.txt", "lib/deep/b.txt", "c.txt", ".hidden/no.txt", "../outside/d.txt"):
+        (tmp_path / "text" / path).write_text(path)
+    (tmp_path / "text" / "lib64").symlink_to("lib")
+    (tmp_path / "text" / "lib" / "up").symlink_to(tmp_path / "text")
+    (tmp_path / "text" / "lib" / "deep" / "up").symlink_to(tmp_path / "text")
+    (tmp_path / "text" / "far").symlink_to(outside)
+    (tmp_path / "text" / "same.txt").symlink_to("c.txt")
+    monkeypatch.chdir(tmp_path / "text")
+    names = ["c.txt", "far/d.txt", "lib/a.txt", "lib/deep/b.txt"]
+    assert files_of("**/*.txt") == files_of("**") == names
+    assert files_of(f"{tmp_path}/t*/**/*.txt") == [f"{tmp_path}/text/{name}" for name in names]
+    assert "lib/deep/b.txt" in files_of("**/deep/**/*.txt")
+    assert files_of("lib/*.txt") == ["lib/a.txt"] and files_of("**/none") == []
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.py", "x.txt.gz"])
@@ -342,7 +362,7 @@ def test_documents_that_cannot_be_used_are_skipped_and_counted(tmp_path, capsys)
     (folder / "picture.png").write_bytes(b"PNG")
     write_jsonl(folder / "rows.jsonl", [{"text": None}, '{"text": "cut', "[1, 2]", {"text": 5}, "[" * 10**5,
                                         {"other": ""}, "", '{"text": "\\ud800"}', {"text": "good"}])
-    prepare.save_tokenizer(byte_tokenizer(256, pattern=r"\s+(?!\S)|\s+|\S+"), tmp_path / "t.json")
+    save_tokenizer(byte_tokenizer(256, pattern=r"\s+(?!\S)|\s+|\S+"), tmp_path / "t.json")
     out = run_prepare(tmp_path, f"--dataset={folder}/*", f"--tokenizer={tmp_path}/t.json")
     train, val = parts(out)
     assert sorted(train + val) == sorted([*TEXTS, "good"])
@@ -399,9 +419,8 @@ def test_an_interrupt_leaves_nothing_and_changes_nothing(tmp_path, monkeypatch, 
         assert os.listdir(tmp_path / "data") == (["d"] if prepare_first else [])
 
 
-def test_a_killed_run_leaves_no_folder_and_the_next_one_cleans_up(tmp_path):
-    """kill -9 while writing: nothing has the folder's name; what was left is gone after the next run."""
-    path, data = corpus(tmp_path), tmp_path / "data"
+def stuck_run(path, data):
+    """A process that prepares `path` and has stopped while it writes."""
     code = ("import sys, time, prepare\n"
             "def stuck(*args):\n    print('writing', flush=True)\n    time.sleep(60)\n    yield\n"
             "prepare.encode_documents = stuck\nprepare.main(sys.argv[1:])\n")
@@ -409,10 +428,31 @@ def test_a_killed_run_leaves_no_folder_and_the_next_one_cleans_up(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True,
                                cwd=Path(prepare.__file__).parent)
     assert process.stdout.readline() == "writing\n"
+    process.stdout.close()
+    return process
+
+
+def test_a_killed_run_leaves_no_folder_and_the_next_one_cleans_up(tmp_path):
+    """kill -9 while writing: nothing has the folder's name; what was left is gone after the next run."""
+    path, data = corpus(tmp_path), tmp_path / "data"
+    process = stuck_run(path, data)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    process.stdout.close()
     assert [name.startswith(".d.new-") for name in os.listdir(data)] == [True]
+    run_prepare(data, f"--dataset={path}")
+    assert os.listdir(data) == ["d"]
+
+
+def test_two_runs_of_one_name_leave_each_other_alone(tmp_path, monkeypatch):
+    """Even if both are process 1, each of its own container: a run locks the folder that it makes."""
+    path, data = corpus(tmp_path), tmp_path / "data"
+    process = stuck_run(path, data)
+    [making] = os.listdir(data)
+    monkeypatch.setattr(os, "getpid", lambda: process.pid)
+    run_prepare(data, f"--dataset={path}")
+    assert sorted(os.listdir(data)) == [making, "d"]
+    process.kill()
+    process.wait()
     run_prepare(data, f"--dataset={path}")
     assert os.listdir(data) == ["d"]
 
@@ -507,6 +547,45 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, capsys, packa
     assert capsys.readouterr().err == f"error: {package} is not installed: pip install -r requirements.txt\n"
 
 
+def test_a_package_that_is_broken_is_not_called_missing(tmp_path, monkeypatch, capsys):
+    """A shared library that it lacks is no package: the line says what Python said."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "rustbpe.py").write_text("raise ImportError('libx.so.1: cannot open it')")
+    monkeypatch.syspath_prepend(tmp_path / "broken")
+    monkeypatch.delitem(sys.modules, "rustbpe", raising=False)
+    with pytest.raises(SystemExit):
+        run_prepare(tmp_path, f"--dataset={corpus(tmp_path)}", "--tokenizer=bpe")
+    line = capsys.readouterr().err
+    assert "libx.so.1" in line and "broken" in line and "not installed" not in line and line.count("\n") == 1
+
+
+def test_a_dataset_of_many_configurations_asks_for_subset(tmp_path, monkeypatch, capsys):
+    """However long the list of them is."""
+    import datasets
+
+    def load_dataset(*args, **kw):
+        raise ValueError(f"Config name is missing. Pick one among: {['a configuration'] * 99}")
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(SystemExit):
+        run_prepare(tmp_path, "--dataset=owner/name")
+    assert "--subset" in capsys.readouterr().err
+
+
+def test_max_tokens_that_end_before_a_validation_document_are_named(tmp_path, capsys):
+    """Raising val_fraction alone would be poor advice."""
+    with pytest.raises(SystemExit):
+        run_prepare(tmp_path, f"--dataset={corpus(tmp_path)}", "--max_tokens=1", "--val_fraction=0.0001")
+    assert "raise --max_tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n_vocab, is_large", [(257, False), (50_257, True)])
+def test_the_next_command_has_no_table_that_is_too_large(tmp_path, capsys, n_vocab, is_large):
+    """50,257 tokens squared are ten gigabytes, and Adam's moments twice that again."""
+    save_tokenizer(byte_tokenizer(n_vocab - 1), tmp_path / "t.json")
+    run_prepare(tmp_path, f"--dataset={corpus(tmp_path)}", f"--tokenizer={tmp_path}/t.json")
+    assert ("--use_bigram_table=False" in capsys.readouterr().out.splitlines()[-1]) == is_large
+
+
 def test_as_a_script_it_reports_and_names_the_next_command(tmp_path):
     """The last lines tell where the data is, its size, the vocabulary, bytes per token, what to do next."""
     result = run_script(f"--dataset={corpus(tmp_path)}", f"--data_dir={tmp_path}/my data",
@@ -545,7 +624,7 @@ def bad_files(tmp):
     (tmp / "not.json").write_text("[1, 2]")
     for name, encoding in (("no_end", byte_tokenizer(None)), ("holes", byte_tokenizer(256, missing=b"qz")),
                            ("huge", byte_tokenizer(65_536))):
-        prepare.save_tokenizer(encoding, tmp / f"{name}.json")
+        save_tokenizer(encoding, tmp / f"{name}.json")
 
 
 BAD_PREPARE = [  # what is wrong, the arguments ({tmp} holds the files above), words of the line that says so

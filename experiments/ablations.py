@@ -1,16 +1,15 @@
 """Train the models behind the README's ablation table and scaling figure, one CSV row each.
 
     python prepare.py --vocab_size=512 --name=python_stdlib_512
-    python -m experiments.run                      # what experiments/runs.csv lacks, then tables and figure
-    python -m experiments.run --only=sink          # only ablations whose name contains this
-    python -m experiments.run --jobs=0             # run nothing: tables and figure of what is recorded
+    python -m experiments.ablations                # what ablations.csv lacks, then tables and figure
+    python -m experiments.ablations --only=sink    # only ablations whose name contains this
+    python -m experiments.ablations --jobs=0       # run nothing: tables and figure of what is recorded
 
-A run is train.py with experiments/tiny.py and the flags of its row, on one core. All can be stopped, once
+A run is train.py with config/tiny.py and the flags of its row, on one core. All can be stopped, once
 the runs under way have ended, and started again: rows that are recorded are not run twice. To have your own
 ablation in the table, add a line.
 """
 import csv
-import json
 import os
 import subprocess
 import sys
@@ -22,13 +21,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from configurator import configure, fail
+from figures import new_figure, plain, save
 from model import GPT, GPTConfig
+from runs import read_log
 
 only = ""  # run the ablations whose name contains this; '': all, and the models of the scaling figure
 jobs = os.cpu_count() or 1  # runs at a time, a core each
 image = "assets/scaling.png"
 
-PATH = os.path.join(os.path.dirname(__file__), "runs.csv")
+PATH = os.path.join(os.path.dirname(__file__), "ablations.csv")
 SEEDS = (1, 2, 3)  # the first also chooses the learning rate
 COLUMNS = ("flags", "learning_rate", "seed", "val_loss", "bits_per_byte", "nonzero", "dead_neurons",
            "cpu_seconds")
@@ -89,7 +90,7 @@ LONGER = "--max_iters=3200 --eval_interval=3200"  # four times the steps
 # what has been run
 
 
-class Runs:
+class Record:
     """The recorded runs: a dict from (flags, learning rate, seed) to a row of the CSV."""
 
     def __init__(self):
@@ -126,14 +127,14 @@ class Runs:
 
 def last_of_log(out_dir):
     """What train.py logged last of each quantity: a dict."""
-    with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as f:
-        return {key: value for line in f for key, value in json.loads(line).items()}
+    records = read_log(os.path.join(out_dir, "log.jsonl"))
+    return {key: value for record in records for key, value in record.items()}
 
 
 def train_one(flags, rate, seed):
     """Run train.py once. Returns what the CSV says of it; a run that diverges has a loss of inf."""
     with tempfile.TemporaryDirectory() as out_dir, tempfile.TemporaryFile("w+") as output:
-        command = [sys.executable, "train.py", "experiments/tiny.py", *flags.split(),
+        command = [sys.executable, "train.py", "config/tiny.py", *flags.split(),
                    f"--learning_rate={rate}", f"--seed={seed}", f"--out_dir={out_dir}"]
         process = subprocess.Popen(
             command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=output,
@@ -316,10 +317,8 @@ def run_scaling(runs):
 
 def draw_scaling(runs):
     """Val loss against nonzero weights: a color for each width, dashes for the longer runs."""
-    from experiments import plot  # and matplotlib: a run has no need of it
-
     colors = {f"d_model {d_model}": f"C{i}" for i, d_model in enumerate(WIDTHS)} | {"dense": "0.4"}
-    figure, axis = plot.plt.subplots(figsize=(7, 4.5))
+    figure, axis = new_figure(7, 4.5)
     for label, models in scaling_lines().items():
         points = [[row for row in runs.reported(flags) if row["nonzero"]] for flags in models]
         points = [rows for rows in points if rows]  # what is not run yet, or diverged, has no point
@@ -332,11 +331,9 @@ def draw_scaling(runs):
                       linestyle="--" if "," in label else "-")
     axis.set(xscale="log", xlabel="nonzero weights and biases, bigram table aside",
              ylabel="val loss (nats per token)")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25)
+    plain(axis)
     axis.legend(frameon=False)
-    figure.tight_layout()
-    plot.save(figure, image)
+    save(figure, image)
 
 
 def main():
@@ -345,7 +342,7 @@ def main():
         fail(f"jobs={jobs} must not be negative")
     if not any(only in a.name for a in ABLATIONS):
         fail(f"only={only!r} is in no ablation's name: see ABLATIONS in {__file__}")
-    runs = Runs()
+    runs = Record()
     if jobs:
         run_ablations(runs)
         run_longer(runs)

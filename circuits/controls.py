@@ -1,4 +1,4 @@
-"""What a sceptic asks of a circuit: functions that circuit.py calls, and the table that it prints.
+"""The controls of a circuit: what a sceptic asks, as functions that circuit.py calls, and their table.
 
 Results are dicts: loss and accuracy of the choice between two answers, nodes and edges. At the end, for
 searches of their own: models and labels with what was learned destroyed.
@@ -9,7 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from circuits.nodes import count, loss_of
+from circuits.nodes import count
+from circuits.search import apply_fit, fit, loss_of
 from model import GPT
 
 DRAWS = 5  # of random nodes
@@ -27,27 +28,9 @@ def result(logits):
 
 
 def fitted(nodes, gates, choosing, judging):
-    """The result when the logits are scaled, and one answer's shifted, to do best on train (a shift of both
-    does nothing). Where all are right the best scale is endless, so a few count as wrong (Platt 1999)."""
-    wrong = 1 / (len(choosing) / 2 + 2)
-    scale_and_shift = torch.tensor([1.0, 0.0], device=nodes.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([scale_and_shift], max_iter=50, line_search_fn="strong_wolfe")
-
-    def fit(logits, contexts):
-        margin = scale_and_shift[0] * (logits[:, 0] - logits[:, 1]) + scale_and_shift[1] * contexts.sides()
-        return torch.stack([margin, torch.zeros_like(margin)], dim=1)
-
-    def closure():
-        optimizer.zero_grad()
-        fits = fit(logits, choosing)
-        loss = ((1 - wrong) * loss_of(fits) + wrong * loss_of(fits.flip(1))).mean()
-        loss.backward()
-        return loss
-
-    logits = nodes.judge(choosing, gates)
-    optimizer.step(closure)
-    with torch.no_grad():
-        return result(fit(nodes.judge(judging, gates), judging))
+    """The result when the logits are scaled, and one answer's shifted, to do best on train."""
+    scale, shift = fit(nodes.judge(choosing, gates), choosing.sides())
+    return result(apply_fit(nodes.judge(judging, gates), judging.sides(), scale, shift))
 
 
 def last_token_alone(train, contexts):
@@ -64,6 +47,7 @@ def last_token_alone(train, contexts):
 def random_like(nodes, gates, generator):
     """Gates of as many nodes at each site, drawn among those that are ever active."""
     drawn = torch.zeros_like(gates)
+    drawn[nodes.nodes:] = 1  # no edge between them is removed
     for name, part in nodes.split(drawn).items():
         live = nodes.means[name].nonzero()[:, 0]
         shuffled = live[torch.randperm(len(live), generator=generator).to(live.device)]
@@ -92,15 +76,18 @@ def random_draws(nodes, gates, contexts, seed):
     generator = torch.Generator().manual_seed(seed)
     drawn = [random_like(nodes, gates, generator) for _ in range(DRAWS)]
     return ([result(nodes.judge(contexts, g)) | count(nodes, g) for g in drawn],
-            [result(nodes.judge(contexts, 1 - g)) | count(nodes, 1 - g) for g in drawn])
+            [result(nodes.judge(contexts, g)) | count(nodes, g) for g in map(nodes.others, drawn)])
 
 
 def agreement(nodes, gates, contexts):
-    """How often the whole model chooses the same answer, right or wrong, and the correlation of how much the
-    answer of the lower id is preferred, 0 if one of the two does not vary."""
+    """How often the whole model chooses the same answer, right or wrong; the correlation of how much the
+    answer of the lower id is preferred, 0 if one of the two does not vary; how often either is right."""
     whole, inside = (contexts.sides() * (c[:, 0] - c[:, 1]) for c in
                      (nodes.judge(contexts, torch.ones_like(gates)), nodes.judge(contexts, gates)))
-    return {"same_answer": ((whole > 0) == (inside > 0)).float().mean().item(),
+    right = contexts.sides() > 0
+    return {"right": ((inside > 0) == right).float().mean().item(),
+            "whole_right": ((whole > 0) == right).float().mean().item(),
+            "same_answer": ((whole > 0) == (inside > 0)).float().mean().item(),
             "correlation": torch.corrcoef(torch.stack([whole, inside]))[0, 1].nan_to_num().item()}
 
 
@@ -120,7 +107,7 @@ def attention_kept(nodes, gates, contexts):
 
 def faithfulness(nodes, gates, contexts, seed):
     """Whether the circuit errs where the whole model errs, and gets better as nodes are given back to it."""
-    off = (gates == 0).nonzero()[:, 0]
+    off = (gates[:nodes.nodes] == 0).nonzero()[:, 0]
     generator, losses = torch.Generator().manual_seed(seed), {share: [] for share in GIVEN_BACK}
     for _ in range(DRAWS):
         order = off[torch.randperm(len(off), generator=generator).to(off.device)]
@@ -206,10 +193,14 @@ def shuffled_labels(contexts, seed):
 # ----------------------------------------------------------------------------------------------------------
 # the table
 
+CAVEATS = """The circuit chooses between two given answers. It is sufficient, and as necessary as the table
+says, under this ablation and on these contexts. That does not prove that the model computes the task so:
+norms and AbsTopK react to what is ablated, and causal scrubbing would ask for more."""
 HEADINGS = {
     "chance": "chance", "last_token": "last token alone", "bigram_table": "bigram table alone",
     "whole": "whole model", "whole_fitted": "  its logits fitted",
     "random_order": "  tokens in random order", "nothing": "all nodes ablated",
+    "found": "nodes that were found", "found_fitted": "  their logits fitted",
     "circuit": "CIRCUIT", "circuit_fitted": "  its logits fitted", "without": "model without the circuit",
     "without_random": "model without random nodes", "random": "random nodes",
     "weights_drawn_anew": "weights drawn anew", "weights_shuffled": "weights shuffled",
@@ -217,10 +208,10 @@ HEADINGS = {
 }
 
 
-def print_table(results, judged_by):
-    """One line for each result of HEADINGS; of several draws, the range of their losses and accuracies."""
-    print(f"\n{judged_by}; loss of the choice between the answers, in nats\n\n"
-          f"{'':28}{'loss':>15}{'accuracy':>17}{'nodes':>8}{'edges':>9}")
+def table_of(results):
+    """A row of texts for each result of HEADINGS: heading, loss, accuracy, nodes, edges, a note. Of several
+    draws, the range of their losses and accuracies."""
+    rows = []
     for key, heading in HEADINGS.items():
         draws = results.get(key, [])
         draws = draws if isinstance(draws, list) else [draws]
@@ -229,10 +220,17 @@ def print_table(results, judged_by):
                                           ([d[of] for d in draws] for of in ("loss", "accuracy")))
             loss = f"{low:.3f}" + (f" to {high:.3f}" if len(draws) > 1 else "")
             accuracy = f"{worst:.1%}" + (f" to {best:.1%}" if len(draws) > 1 else "")
-            size = "".join(f"{draws[0][of]:>{width},}" if of in draws[0] else " " * width
-                           for of, width in (("nodes", 8), ("edges", 9)))
-            reached = "" if "reached" not in draws[0] else "   {reached} of {of} reached".format(**draws[0])
-            print(f"{heading:28}{loss:>15}{accuracy:>17}{size}{reached}")
+            size = [f"{draws[0][of]:,}" if of in draws[0] else "" for of in ("nodes", "edges")]
+            reached = "" if "reached" not in draws[0] else "{reached} of {of} reached".format(**draws[0])
+            rows.append([heading, loss, accuracy, *size, reached])
+    return rows
+
+
+def print_table(rows, judged_by):
+    print(f"\n{judged_by}; loss of the choice between the answers, in nats\n")
+    head = ["", "loss", "accuracy", "nodes", "edges", ""]
+    for heading, loss, accuracy, nodes, edges, note in [head, *rows]:
+        print(f"{heading:28}{loss:>15}{accuracy:>17}{nodes:>8}{edges:>9}   {note}".rstrip())
 
 
 def print_intervention(record):
@@ -249,11 +247,13 @@ def print_intervention(record):
 def print_rest(results):
     """What is no line of the table."""
     c, w = results["circuit"], results["whole"]
-    print(f"\nsize: {c['nodes']:,} of {w['nodes']:,} nodes, {c['edges']:,} of {w['edges']:,} edges; and, "
+    print(f"\nsize: {c['nodes']:,} of {w['nodes']:,} nodes, {c['edges']:,} of {w['edges']:,} edges "
+          f"({c['weights']:,} weights between these nodes); and, "
           f"not counted in these, {c['biases']} biases, {c['embedding']:,} weights of the embedding and "
           f"{c['unembedding']:,} of the unembedding")
     seeds = results["seeds"]
-    print(f"mask seeds at penalty {seeds['penalty']:g}: {seeds['nodes']} nodes, {seeds['edges']} edges; "
+    print(f"mask seeds at penalty {seeds['penalty']:g}: {seeds['nodes']} nodes, {seeds['weights']} weights "
+          f"between them; "
           f"pairs share {[round(x, 2) for x in seeds['overlaps']]} of their nodes; of all {seeds['of']} "
           f"runs {seeds['failed']} failed")
     if "faithfulness" not in results:
@@ -265,16 +265,16 @@ def print_rest(results):
           f"differences: {same['correlation']:.2f}\nloss as random ablated nodes are given back: {back}")
     for name, pair in results["beyond"].items():
         print(f"beyond, {name}: " + "; all nodes ablated: ".join(
-            "same answer {same_answer:.1%}, correlation {correlation:.2f}".format(**pair[which])
+            "{right:.1%} right (whole model {whole_right:.1%}), same answer {same_answer:.1%}, correlation "
+            "{correlation:.2f}".format(**pair[which])
             for which in ("circuit", "nothing")))
     for head, x in same["attention"].items():
         print("head {0}: attention to its first choice {whole:.2f} in the whole model, {circuit:.2f} in the "
               "circuit; {same:.2f} of all attention is the same".format(head, **x))
     print("variance that nodes keep in the circuit (1: all): "
-          + "; ".join(f"{name} " + " ".join(f"{x:.2f}" for x in shares.values())
+          + "; ".join(f"{name} " + " ".join("none" if x is None else f"{x:.2f}"
+                                            for x in shares.values())
                       for name, shares in results["survival"].items()))
     for record in results["interventions"]:
         print_intervention(record)
-    print("\nThe circuit is sufficient, and as necessary as the table says, under this ablation and\n"
-          "on these contexts. That does not prove that the model computes the task so: norms and\n"
-          "AbsTopK react to what is ablated, and causal scrubbing would ask for more.")
+    print(f"\n{CAVEATS}")

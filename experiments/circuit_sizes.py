@@ -1,7 +1,7 @@
 """Are circuits in weight-sparse models smaller? Figures 2 and 3 of Gao et al. 2025 in miniature.
 
-    python -m experiments.circuits             # what experiments/circuits.csv lacks, then tables and figures
-    python -m experiments.circuits --jobs=0    # run nothing: tables and figures of what is recorded
+    python -m experiments.circuit_sizes             # what circuit_sizes.csv lacks, then tables and figures
+    python -m experiments.circuit_sizes --jobs=0    # run nothing: tables and figures of what is recorded
 
 A job trains a model, train.py with `config` and the flags of the model, and searches it for the circuits of
 some tasks. The search is circuit.py's, with the same penalties, mask seeds and steps for every model. A mask
@@ -24,18 +24,20 @@ import numpy as np
 import torch
 
 import circuit
-from circuits.nodes import count, loss_of
+from circuits.nodes import count
+from circuits.search import loss_of
 from configurator import configure, fail, settings_of
-from experiments.run import last_of_log
-from prepare import load_tokenizer
+from experiments.ablations import last_of_log
+from figures import new_figure, plain, save
 from runs import load_checkpoint, load_run, this_process
+from tokenizer import load_tokenizer, tokenizer_in
 
 jobs = os.cpu_count() or 1  # processes; a GPU serves more than one, as the models are small
 device = "auto"  # 'auto', 'cpu', 'cuda'
 config = "config/quickstart.py"  # of the models
 search = ""  # other settings of circuit.py, by spaces: '--steps=100'
 at_once = 18  # masks that are learned in one pass: they keep a GPU busy; a CPU is as fast with one
-record = "experiments/circuits.csv"
+record = "experiments/circuit_sizes.csv"
 models = "out/circuits"  # the folder of the trained models
 targets_image, widths_image = "assets/circuits_targets.png", "assets/circuits_widths.png"
 widths_target = 0.3  # the target loss of the figure of widths
@@ -172,7 +174,7 @@ def run_job(flags, seed, tasks):
     saved, model, data = load_run(folder, "ckpt.pt")
     model.to(process.device).requires_grad_(False)
     nodes = circuit.measured_nodes(model, data, process)
-    tokenizer = load_tokenizer(os.path.join("data", saved["settings"]["dataset"], "tokenizer.json"))
+    tokenizer = load_tokenizer(tokenizer_in(os.path.join("data", saved["settings"]["dataset"])))
     for task, trials in missing.items():
         spec, _ = circuit.read_task(task, tokenizer)
         sets = circuit.three_sets(spec, data, tokenizer, model.config.block_size, process)
@@ -378,17 +380,13 @@ def print_grid(found):
 @contextmanager
 def figure(path, **labels):
     """An axis to draw on, and the figure written to `path`."""
-    from experiments.plot import plt, save  # and matplotlib: a search has no need of it
-
-    figure, axis = plt.subplots(figsize=(7, 4.5))
+    figure, axis = new_figure(7, 4.5)
     axis.set(yscale="log", **labels)
     yield axis
     axis.yaxis.set_major_formatter("{x:,.0f}")
     axis.yaxis.set_minor_formatter(lambda y, _: f"{y:,.0f}" if f"{y:.0e}"[0] in "25" else "")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25)
+    plain(axis)
     axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-    figure.tight_layout()
     save(figure, path)
 
 

@@ -1,5 +1,6 @@
-# What the runs of experiments/run.py have in common: a model so small that one of them takes two minutes of
-# one CPU core, with the paper's settings. Needs: python prepare.py --vocab_size=512 --name=python_stdlib_512
+# What the runs of experiments/ablations.py have in common: a model so small that one of them takes two
+# minutes of one CPU core, with the paper's settings. It needs this data:
+#   python prepare.py --vocab_size=512 --name=python_stdlib_512
 dataset = "python_stdlib_512"  # a small vocabulary leaves most of the weights to the blocks
 n_layer = 2
 d_model = 128

@@ -1,0 +1,318 @@
+"""The page of a circuit: one file in which it can be explored and the model itself runs, without a server.
+
+    python -m circuits.page --circuit=out/quickstart/circuits/quotes/circuit.json       # writes it again
+
+circuit.py calls `write`. What is costly is computed here, the values of nodes on ordinary text and what each
+token is to a head; the rest, the forward pass included, is in page.html, which is a template.
+"""
+import base64
+import gzip
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict
+
+import numpy as np
+import torch
+
+from circuits.nodes import hooks, matrices, node_sites
+from configurator import configure, fail
+from runs import load_run, this_process
+
+circuit = ""  # the path of a circuit.json
+page = ""  # where to write the page; '': circuit.html, beside it
+
+TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.html")
+LIVE = 3_000_000  # a model of more nonzero weights is not put into the page
+BIGRAMS = 4096  # nor is the bigram table of a larger vocabulary
+STEP = 0.4  # to which the bigram table is rounded, in nats, except for the answers
+TOKENS = 32_768  # of ordinary text, for the values of the nodes
+MOST_CONTEXTS = 1024  # of the task
+QUANTILES = (1.0, 0.999, 0.99, 0.9, 0.5, 0.1, 0.01, 0.001, 0.0)
+EACH = 5  # contexts of a quantile
+BINS = 40
+SHOWN = ("task", "target_loss", "fit", "ablation", "answers", "answer_ids", "nodes", "edges", "scale",
+         "shift", "hard", "curve", "edge_costs", "node_costs", "table", "caveats")  # of the record
+
+# ----------------------------------------------------------------------------------------------------------
+# arrays: all in one gzip, in base64
+
+
+TYPES = {"float32": "<f4", "int8": "i1", "uint16": "<u2", "uint32": "<u4"}
+
+
+class Arrays:
+    """Arrays for the page. `add` returns what stands for one of them in the page's JSON."""
+
+    def __init__(self):
+        self.parts, self.length = [], 0
+
+    def add(self, x, dtype):
+        data = np.ascontiguousarray(x).astype(TYPES[dtype]).tobytes()
+        self.parts.append(data + bytes(-len(data) % 4))
+        start, self.length = self.length, self.length + len(self.parts[-1])
+        return {"type": dtype, "start": start, "shape": list(np.shape(x))}
+
+    def sparse(self, x):
+        """A tensor by its nonzeros: how far each is from the one before, and their values."""
+        x = x.detach().float().cpu().numpy()
+        where = np.flatnonzero(x)
+        return {"shape": list(x.shape), "steps": self.add(np.diff(where, prepend=0), "uint32"),
+                "values": self.add(x.ravel()[where], "float32")}
+
+    def text(self):
+        return base64.b64encode(gzip.compress(b"".join(self.parts), 9, mtime=0)).decode()
+
+
+def parameters_of(model, arrays):
+    """The parameters but the bigram table, name -> sparse array; tied ones once."""
+    named = dict(model.named_parameters())
+    return {name: arrays.sparse(p) for name, p in named.items() if name != "bigram_table"}
+
+
+def bigrams_of(model, answers, arrays):
+    """The bigram table: exact in the columns of the answers, else rounded, or left out if it is large."""
+    if not model.config.use_bigram_table:
+        return None
+    table = model.bigram_table.detach().cpu()
+    exact = {"answers": answers, "exact": arrays.add(table[:, answers].T.numpy(), "float32")}
+    if len(table) > BIGRAMS:
+        return exact
+    rounded = (table / STEP).round().clamp(-127, 127)
+    return exact | {"step": STEP, "rounded": arrays.add(rounded.numpy(), "int8")}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# values of nodes
+
+
+def contexts_of(record, data, block_size):
+    """Contexts of the task: lists of ids and of [right, other] answers, either answer first in turn."""
+    found = record["contexts"]
+    if "positions" in found:
+        pair = record["answer_ids"]
+        sides = [[(data.val[p - block_size:p].tolist(), answers) for p in positions]
+                 for positions, answers in zip(found["positions"], (pair, pair[::-1]), strict=True)]
+    else:
+        sides = [list(zip(ids, answers, strict=True))
+                 for ids, answers in zip(found["ids"], found["answers"], strict=True)]
+    return [context for pair in zip(*sides, strict=False) for context in pair][:MOST_CONTEXTS]
+
+
+@torch.no_grad()
+def values_on(model, kept, texts, device):
+    """site -> values (texts, T, kept channels) in the whole model; a text is a list of ids."""
+    T = max(map(len, texts))
+    idx = torch.tensor([ids + [0] * (T - len(ids)) for ids in texts], device=device)
+    found = {site: [] for site in kept}
+
+    def keep(site):
+        return lambda x: found[site].append(x[..., kept[site]].float().cpu())
+
+    modules = node_sites(model)
+    with hooks([(modules[site], keep(site)) for site in kept]):
+        for part in idx.split(32):
+            model.residual_stream(part)
+    return {site: torch.cat(parts).numpy() for site, parts in found.items()}
+
+
+def quantile_contexts(values):
+    """For each of QUANTILES up to EACH (text, position) where the values (texts, T) lie there."""
+    order, T = np.argsort(-values, axis=None, kind="stable"), values.shape[1]
+    found = []
+    for quantile in QUANTILES:
+        middle = round((1 - quantile) * (len(order) - 1))
+        near = range(max(0, middle - 60), min(len(order), middle + 61))
+        places = {}
+        for i in sorted(near, key=lambda i, middle=middle: abs(i - middle)):
+            text, position = divmod(int(order[i]), T)
+            places.setdefault(text, position)
+        found.append(list(places.items())[:EACH])
+    return found
+
+
+def histogram(x, low, high):
+    counts, _ = np.histogram(x, bins=BINS, range=(low, high))
+    return (counts / max(1, counts.sum())).round(5).tolist()
+
+
+def describe_nodes(model, record, data, contexts, arrays, device):
+    """'site.channel' -> its values on ordinary text and on the task; and the ordinary texts."""
+    kept, T = record["nodes"], model.config.block_size
+    starts = np.linspace(0, len(data.val) - T - 1, min(TOKENS // T, len(data.val) // T)).astype(int)
+    texts = [data.val[s:s + T].tolist() for s in starts]
+    ordinary = values_on(model, kept, texts, device)
+    task = values_on(model, kept, [ids for ids, _ in contexts], device)
+    last = np.array([len(ids) - 1 for ids, _ in contexts])
+    first = np.array([right < other for _, (right, other) in contexts])  # of the lower id
+    if "positions" in record["contexts"]:
+        first = np.array([right == record["answer_ids"][0] for _, (right, _) in contexts])
+    nodes, used = {}, {}
+    for site, channels in kept.items():
+        for i, channel in enumerate(channels):
+            x, on_task = ordinary[site][..., i], task[site][..., i]
+            if site.endswith(("attn_in", "attn_k", "attn_v")):  # what other tokens may read
+                real = np.arange(on_task.shape[1]) <= last[:, None]
+                groups = [on_task[rows][real[rows]] for rows in (first, ~first)]
+            else:
+                groups = [on_task[np.arange(len(last)), last][rows] for rows in (first, ~first)]
+            everything = np.concatenate([x.ravel(), *groups])
+            low, high = float(everything.min()), float(everything.max()) + 1e-6
+            places = quantile_contexts(x)
+            shown = list(dict.fromkeys(text for group in places for text, _ in group))
+            scale = float(np.abs(x).max()) / 127 or 1.0
+            nodes[f"{site}.{channel}"] = {
+                "spread": float(x.std()), "low": low, "high": high, "ordinary": histogram(x, low, high),
+                "task": [histogram(group, low, high) for group in groups],
+                "task_means": [float(group.mean()) for group in groups],
+                "places": [[[used.setdefault(text, len(used)), position, round(float(x[text, position]), 4)]
+                            for text, position in group] for group in places],
+                "texts": [used[text] for text in shown], "scale": scale,
+                "values": arrays.add((x[shown] / scale).round(), "int8")}
+    return nodes, {"ids": arrays.add([texts[text] for text in used], "uint16")}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# what a token is to the heads of the first block
+
+
+@torch.no_grad()
+def token_table(model, record, contexts, device):
+    """What queries, keys and values of the first block are in the circuit for each token, before anything is
+    attended to: channel names, the mean over positions (vocab_size, channels), and by position for the
+    most telling tokens. Values of the attn_in nodes come first.
+    """
+    config, block = model.config, model.transformer.h[0]
+    first = [f"0.attn.attn_{name}" for name in ("in", "q", "k", "v")]
+    sites = [site for site in record["nodes"] if site in first]
+    if not any(site.endswith(("q", "k", "v")) for site in sites):
+        return None
+    modules, zero = node_sites(model), record["ablation"] == "zero"
+    needed = {tuple(edge) for edge in map(tuple, record["edges"])}
+
+    def gate(site, x):
+        mean = torch.tensor(record["means"][site], device=device) * (0 if zero else 1)
+        on = torch.zeros(len(mean), device=device)
+        on[record["nodes"].get(site, [])] = 1
+        return on * x + (1 - on) * mean
+
+    positions = range(config.block_size) if config.use_positional_embeddings else range(1)
+    found = []
+    for position in positions:
+        x = model.transformer.wte.weight + model.transformer.wpe(torch.tensor([position], device=device))
+        h = gate("0.attn.attn_in", modules["0.attn.attn_in"](block.ln_1(x)))
+        read = torch.tensor(record["means"]["0.attn.attn_in"], device=device) * (0 if zero else 1)
+        values = {"0.attn.attn_in": h}
+        for name, y in zip("qkv", block.attn.c_attn(h).chunk(3, dim=-1), strict=True):
+            site, y = f"0.attn.attn_{name}", y.clone()
+            [weight] = [w for a, b, w, _ in matrices(model) if b == site]
+            for i in record["nodes"].get("0.attn.attn_in", []):
+                for o in record["nodes"].get(site, []):
+                    if weight[o, i] != 0 and ("0.attn.attn_in", i, site, o) not in needed:
+                        y[:, o] += weight[o, i] * (read[i] - h[:, i])
+            values[site] = gate(site, modules[site](y))
+        found.append(torch.cat([values[site][:, record["nodes"][site]] for site in sites], dim=1).cpu())
+    found = torch.stack(found)  # (positions, vocab_size, channels)
+    seen = np.bincount(np.concatenate([ids for ids, _ in contexts]), minlength=config.vocab_size)
+    return {"channels": [f"{site}.{c}" for site in sites for c in record["nodes"][site]], "seen": seen,
+            "mean": found.mean(0).numpy(), "by_position": found.numpy()}
+
+
+def put_tokens(table, arrays):
+    """The table as the page has it, with the values by position of the 24 tokens of the largest values."""
+    if table is None:
+        return None
+    mean, seen = table["mean"], table["seen"]
+    strength = np.abs(mean - np.median(mean, axis=0)) / (mean.std(axis=0) + 1e-6)
+    strength = (strength * (seen[:, None] > 0)).max(axis=1)
+    chosen = np.argsort(-strength, kind="stable")[:24]
+    return {"channels": table["channels"], "seen": arrays.add(np.minimum(seen, 65535), "uint16"),
+            "mean": arrays.add(mean.T, "float32"), "chosen": chosen.tolist(),
+            "by_position": arrays.add(table["by_position"][:, chosen], "float32")}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the page
+
+
+def weights_of(model, record):
+    """All nonzero weights between kept nodes: [site read, channel, site written, channel, weight]."""
+    kept = record["nodes"]
+    return [[read, i, written, o, weight[o, i].item()] for read, written, weight, _ in matrices(model)
+            for o in kept.get(written, []) for i in kept.get(read, []) if weight[o, i] != 0]
+
+
+def content(record, model, data, arrays):
+    """All that the page shows, as JSON can hold it."""
+    device = next(model.parameters()).device
+    contexts = contexts_of(record, data, model.config.block_size)
+    nodes, texts = describe_nodes(model, record, data, contexts, arrays, device)
+    answers = sorted({i for _, pair in contexts for i in pair} | set(record["answer_ids"]))
+    live = sum(int(p.count_nonzero()) for name, p in model.named_parameters() if name != "bigram_table")
+    longest = max(len(ids) for ids, _ in contexts)
+    padded = np.array([ids + [0] * (longest - len(ids)) for ids, _ in contexts])
+    shown = {key: record[key] for key in SHOWN if key in record}
+    return {
+        "record": shown, "config": asdict(model.config), "tokenizer": json.loads(data.tokenizer),
+        "live": live <= LIVE, "nonzeros": live,
+        "parameters": parameters_of(model, arrays) if live <= LIVE else {},
+        "bigrams": bigrams_of(model, answers, arrays) if live <= LIVE else None,
+        "means": {site: arrays.add(mean, "float32") for site, mean in record["means"].items()},
+        "reads": {site: arrays.add(mean, "float32") for site, mean in record.get("reads", {}).items()},
+        "weights": weights_of(model, record), "values": nodes, "ordinary": texts, "quantiles": QUANTILES,
+        "contexts": {"ids": arrays.add(padded, "uint16"), "lengths": [len(ids) for ids, _ in contexts],
+                     "answers": [list(pair) for _, pair in contexts], "split": record["contexts"]["split"]},
+        "tokens": put_tokens(token_table(model, record, contexts, device), arrays),
+    }
+
+
+def digests(text, tag):
+    """The hashes by which the page's policy knows its own scripts or styles."""
+    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
+                    for part in re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL))
+
+
+def write(record, model, data, path):
+    """Write the page of a circuit to `path`; returns the number of its bytes.
+
+    record: what circuit.json holds; model: in eval mode; data: as runs.load_data returns it.
+    """
+    arrays = Arrays()
+    found = json.dumps(content(record, model, data, arrays), separators=(",", ":"), allow_nan=False)
+    with open(TEMPLATE, encoding="utf-8") as f:
+        template = f.read()
+    parts = {
+        "POLICY": "default-src 'none'; base-uri 'none'; form-action 'none'; "
+                  f"script-src {digests(template, 'script')}; style-src {digests(template, 'style')}",
+        "DATA": found.replace("<", "\\u003c"),  # in JSON it stands in strings alone
+        "ARRAYS": arrays.text()}
+    text = re.sub("__(POLICY|DATA|ARRAYS)__", lambda match: parts[match[1]], template)
+    try:
+        with open(path, "w", encoding="utf-8", newline="\n") as f:
+            f.write(text)
+    except OSError as e:
+        fail(f"cannot write {path} ({e.strerror}): choose another place")
+    return len(text.encode())
+
+
+def main():
+    configure(globals())
+    try:
+        with open(circuit, encoding="utf-8") as f:
+            record = json.load(f)
+        if record["format"] != 2:
+            raise ValueError(f"its format is {record['format']}, not 2")
+        place, checkpoint = os.path.split(record["model"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        fail(f"cannot make a page of circuit={circuit!r} ({type(e).__name__}: {e}): give a circuit.json of "
+             "circuit.py")
+    this_process("cpu", "float32")
+    _, model, data = load_run(place, checkpoint)
+    model.eval().requires_grad_(False)
+    path = page or os.path.join(os.path.dirname(circuit), "circuit.html")
+    print(f"wrote {path} | {write(record, model, data, path) / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,435 @@
+"""The page of a circuit, in a real browser: its model against PyTorch, its tokenizer against tiktoken, what
+a user clicks and types, and text that would like to be a program.
+
+Chromium is spoken to through a pipe, in the protocol of its developers' tools: JSON with a zero byte at the
+end. All tests share one browser.
+"""
+import itertools
+import json
+import os
+import random
+import shutil
+import subprocess
+import time
+from types import SimpleNamespace
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+
+from circuits import page
+from circuits.nodes import NODE_SITES, node_sites
+from conftest import read
+from model import GPT, LOCATIONS, AbsTopK, GPTConfig
+
+BROWSER = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is here: apt-get install chromium")
+
+MODELS = {
+    "one layer": {"n_layer": 1},
+    "two layers with positions": {"n_layer": 2, "use_positional_embeddings": True},
+    "relu in the MLP and in the stream": {"n_layer": 2, "activation": "relu", "residual_activation": "relu"},
+    "LayerNorm, tied": {"n_layer": 1, "use_rms_norm": False, "tie_embeddings": True},
+    "no sinks, no biases": {"n_layer": 2, "use_attention_sinks": False, "use_bias": False},
+    "no AbsTopK, no bigram table": {"n_layer": 1, "activation_topk_fraction": 1.0,
+                                    "use_bigram_table": False},
+    "all sites": {"n_layer": 1, "activation_sparsity_locations": ",".join(LOCATIONS)},
+}
+HOSTILE = ("</script><script>document.title = 'broken'</script>",
+           "<img src=x onerror=\"document.title='broken'\">", "<!--<script>", "]]>")
+TEXTS = ["", " ", "def f(x):\n\treturn 'a'", "naïve café", "日本語のテキスト", "🙂👩‍👩‍👧 ok",
+         "\t\t\n\r\n  x", "if x == 1:\n    print(\"one\")\n" * 4, "'S it'll we'VE don'ſ",
+         "\u0085\u00a0\ufeff\u2028x  y", *HOSTILE]
+
+
+class Browser:
+    """A headless Chromium with one tab."""
+
+    def __init__(self, folder):
+        (read, self.write), (self.read, write) = os.pipe(), os.pipe()
+        script = f'exec "$@" 3<&{read} 4>&{write}'
+        self.process = subprocess.Popen(
+            ["bash", "-c", script, "bash", BROWSER, "--headless", "--no-sandbox", "--disable-gpu",
+             "--disable-ipc-flooding-protection",  # that many addresses in a second are refused otherwise
+             "--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank"],
+            pass_fds=(read, write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(read)
+        os.close(write)
+        self.numbers, self.left, self.events = itertools.count(1), b"", []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    session = None
+
+    def call(self, method, **parameters):
+        number = next(self.numbers)
+        message = {"id": number, "method": method, "params": parameters}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self.write, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self.left:
+                part = os.read(self.read, 2**20)
+                assert part, "the browser has ended"
+                self.left += part
+            line, self.left = self.left.split(b"\0", 1)
+            reply = json.loads(line)
+            if reply.get("id") == number:
+                assert "error" not in reply, reply
+                return reply["result"]
+            self.events.append(reply)
+
+    def run(self, script):
+        """What an expression is, in the page; a promise is waited for."""
+        found = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in found, found["exceptionDetails"]
+        return found["result"].get("value")
+
+    def open(self, path, address=""):
+        """Open a page, and wait until it has computed all."""
+        self.call("Page.navigate", url="about:blank")
+        self.events.clear()
+        self.call("Page.navigate", url=f"file://{path}{address}")
+        self.wait_for("location.protocol === 'file:' && document.documentElement?.dataset.ready === 'true'")
+
+    def wait_for(self, condition, seconds=30):
+        """Wait until an expression is true in the page."""
+        end = time.time() + seconds
+        while not self.run(condition):
+            assert time.time() < end, f"waited in vain for {condition}: {self.events}"
+            time.sleep(0.01)
+
+    def complaints(self):
+        """What the page's console and the policy have said, and what was asked of a network."""
+        asked = [event["params"]["request"]["url"] for event in self.events
+                 if event["method"] == "Network.requestWillBeSent"]
+        return [event for event in self.events
+                if event["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")] + [
+                    url for url in asked if not url.startswith(("file:", "about:"))]
+
+    def key(self, key):
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+
+    def click(self, selector):
+        """A click of the mouse in the middle of an element."""
+        x, y = self.run(
+            "(selector => { const element = document.querySelector(selector); "
+            "element.scrollIntoView({block: 'center'}); const box = element.getBoundingClientRect(); "
+            f"return [box.x + box.width / 2, box.y + box.height / 2]; }})({json.dumps(selector)})")
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def answers(self):
+        return json.loads(self.run("document.getElementById('logits').textContent"))
+
+    def close(self):
+        self.session = None
+        self.call("Browser.close")
+        self.process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# random models and circuits
+
+
+@pytest.fixture(scope="module")
+def encoding():
+    """A byte-level BPE of 600 tokens with tokens in it that would like to be HTML."""
+    from rustbpe import Tokenizer
+    text = read(json.__file__) + " café naïve 日本語 🙂" * 40 + "".join(HOSTILE) * 60
+    trainer = Tokenizer()
+    trainer.train_from_iterator(iter([text]), 599)
+    ranks = {}
+    for token, i in trainer.get_mergeable_ranks():
+        ranks.setdefault(bytes(token), i)
+    return tiktoken.Encoding("small", pat_str=trainer.get_pattern(), mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": 599})
+
+
+def spelled(encoding):
+    """As tokenizer.json has it."""
+    tokens = [None] * max(encoding._mergeable_ranks.values())
+    tokens.append(None)
+    for token, i in encoding._mergeable_ranks.items():
+        try:
+            tokens[i] = token.decode()
+        except UnicodeDecodeError:
+            tokens[i] = list(token)
+    return json.dumps({"name": encoding.name, "pattern": encoding._pat_str, "tokens": tokens,
+                       "special_tokens": encoding._special_tokens})
+
+
+def random_model(encoding, seed=0, **settings):
+    """A sparse model with weights so large that its logits differ."""
+    torch.manual_seed(seed)
+    config = GPTConfig(d_model=32, d_head=8, block_size=16, vocab_size=encoding.n_vocab, **settings)
+    model = GPT(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn_like(p) * 0.4 + (1.0 if "ln_" in name and name.endswith("weight") else 0.0))
+    model.prune_(0.25)
+    return model.requires_grad_(False)
+
+
+def random_record(model, encoding, seed=0):
+    """A record, as circuit.py writes it, of a third of the nodes and half of the weights between them."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    widths = {"attn_in": 32, "attn_out": 32, "mlp_in": 32, "mlp_out": 32, "mlp_neuron": 128,
+              "attn_q": 32, "attn_k": 32, "attn_v": 32}
+    sites = {site: widths[site.split(".")[-1]] for site in node_sites(model)}
+    nodes = {site: sorted(rng.sample(range(n), n // 3)) for site, n in sites.items()}
+    record = {
+        "format": 2, "task": "a <b>task</b>", "target_loss": 0.15, "fit": True, "ablation": "mean",
+        "answers": [encoding.decode([300]), encoding.decode([301])], "answer_ids": [300, 301],
+        "nodes": nodes, "scale": 1.5, "shift": 0.1,
+        "means": {site: (0.3 * torch.randn(n)).tolist() for site, n in sites.items()},
+        "reads": {f"{i}.attn.attn_v": (0.3 * torch.randn(32)).tolist() for i in range(model.config.n_layer)},
+        "contexts": {"split": "val", "positions": [[40, 60, 80], [50, 70, 90]]}, "hard": {},
+        "curve": [[9, 20, 0.1]], "table": [["whole <i>model</i>", "0.1", "90%", "9", "9", ""]],
+        "caveats": "None."}
+    record["edges"] = [edge[:4] for edge in page.weights_of(model, record) if rng.random() < 0.5]
+    record["edge_costs"] = [0.1] * len(record["edges"])
+    record["node_costs"] = {f"{site}.{c}": 0.1 for site, channels in nodes.items() for c in channels}
+    return record
+
+
+def random_data(encoding):
+    ids = encoding.encode(read(json.__file__) + "".join(HOSTILE) * 30)
+    return SimpleNamespace(val=np.array(ids, dtype="<u2"), tokenizer=spelled(encoding))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the oracle: PyTorch with a hook for each change
+
+
+def oracle(model, record, ids, mode, off, flip, cut):
+    """Logits of the answers; and the smallest relative distance between a node that AbsTopK just keeps and
+    one that it just drops: where that is rounding, so is which of them is kept."""
+    names, handles, gaps = node_sites(model), [], [1.0]
+    means = {site: torch.tensor(mean) for site, mean in record["means"].items()}
+
+    def gate(site):
+        kept = torch.zeros(len(means[site]))
+        kept[record["nodes"][site]] = 1
+        gates = {"whole": torch.ones_like(kept), "circuit": kept, "without": 1 - kept}[mode]
+        for names_of, value in ((off, 0.0), (flip, -1.0)):
+            for name in names_of:
+                if name.rsplit(".", 1)[0] == site:
+                    gates[int(name.rsplit(".", 1)[1])] = value
+        return lambda module, inputs, x: gates * x + (1 - gates) * means[site]
+
+    def distance(module, inputs, x):
+        [before] = inputs
+        order = before.abs().sort(dim=-1, descending=True).values
+        kept, dropped = order[..., module.k - 1], order[..., module.k]
+        gaps.append((torch.where(kept == dropped, 1.0, (kept - dropped) / kept)).min().item())
+
+    def without_edge(i, o, read):
+        def removed(module, inputs, y):
+            y = y.clone()
+            y[..., o] += module.weight[o, i] * (read - inputs[0][..., i])
+            return y
+        return removed
+
+    for module in model.modules():
+        if isinstance(module, AbsTopK):
+            handles.append(module.register_forward_hook(distance))
+    handles += [module.register_forward_hook(gate(site)) for site, module in names.items()]
+    for site_a, i, site_b, o in cut:
+        block = model.transformer.h[int(site_b[0])]
+        linear, offset = {"attn_q": (block.attn.c_attn, 0), "attn_k": (block.attn.c_attn, 32),
+                          "attn_v": (block.attn.c_attn, 64), "attn_out": (block.attn.c_proj, 0),
+                          "mlp_neuron": (block.mlp.c_fc, 0),
+                          "mlp_out": (block.mlp.c_proj, 0)}[site_b.split(".")[-1]]
+        read = record["reads"][site_a] if site_a in record["reads"] else record["means"][site_a]
+        handles.append(linear.register_forward_hook(without_edge(i, o + offset, read[i])))
+    try:
+        logits, _ = model(torch.tensor([ids]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits[0, -1, record["answer_ids"]].tolist(), min(gaps)
+
+
+def texts_of(rng, encoding, n):
+    pieces = [*TEXTS, "self", "(\"", " = [", "import os\n", "é", "\n\n", "  ", "12345", "don't", "<|", "ß",
+              "\u0301"]
+    return [*TEXTS, *("".join(rng.choices(pieces, k=rng.randint(1, 6))) for _ in range(n - len(TEXTS)))]
+
+
+RUN = """(async addresses => { const found = [];
+for (const address of addresses) {
+  const changed = new Promise(done => addEventListener('hashchange', done, {once: true}));
+  location.hash = address; await changed;
+  found.push([document.documentElement.dataset.ready,
+    JSON.parse(document.getElementById('logits').textContent),
+    JSON.parse(document.getElementById('tokens').textContent), !document.getElementById('window').hidden]);
+} return found; })"""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_model_in_the_page_is_the_model(name, browser, encoding, tmp_path):
+    """Logits of 60 texts in all three modes, with nodes frozen and reversed and edges off, are within 1e-4
+    of PyTorch's; a text longer than the window is read from its end, and the page says so."""
+    rng, model = random.Random(name), random_model(encoding, **MODELS[name])
+    record = random_record(model, encoding)
+    path = tmp_path / "circuit.html"
+    page.write(record, model, random_data(encoding), path)
+    browser.open(path)
+    assert browser.complaints() == []
+    needed, between = {tuple(edge) for edge in record["edges"]}, page.weights_of(model, record)
+    cases, addresses = [], []
+    for text, mode in itertools.product(texts_of(rng, encoding, 60), ("whole", "circuit", "without")):
+        nodes = [f"{site}.{rng.choice(channels)}" for site, channels in record["nodes"].items()]
+        off, flip = rng.sample(nodes, rng.randint(0, 2)), rng.sample(nodes, rng.randint(0, 2))
+        off = [node for node in off if node not in flip]
+        edges = rng.sample(between, rng.randint(0, 3))
+        addresses.append(f"mode={mode}&text={quote(text, safe='')}&flip={','.join(flip)}&off="
+                         + ",".join(off + [f"{a}.{i}:{b}.{o}" for a, i, b, o, _ in edges])
+                         + f"&{len(cases)}")
+        cut = {tuple(edge[:4]) for edge in edges}
+        if mode == "circuit":
+            cut |= {tuple(edge[:4]) for edge in between} - needed
+        cases.append((text, mode, off, flip, cut))
+    found = browser.run(f"{RUN}({json.dumps(addresses)})")
+    compared = 0
+    for (text, mode, off, flip, cut), (ready, answers, ids, told) in zip(cases, found, strict=True):
+        assert ready == "true" and answers["answers"] == record["answers"]
+        assert ids == (encoding.encode(text) or [599])
+        assert told == (len(ids) > 16)
+        expected, gap = oracle(model, record, ids[-16:], mode, off, flip, cut)
+        if gap > 2e-6:
+            assert answers["logits"] == pytest.approx(expected, abs=1e-4), (text, mode)
+            compared += 1
+    assert compared > 0.9 * len(cases)
+
+
+def test_all_sites_are_the_papers():
+    """The page has a place in its diagram for each of the sites at which nodes are."""
+    template = read(page.TEMPLATE)
+    assert all(f"{site}: " in template for site in NODE_SITES)
+
+
+PATTERNS = {
+    "trained": None, "bytes": r"[\s\S]{1,64}",
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+    "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+              r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_texts_become_the_tokens_of_tiktoken(pattern, browser, encoding, tmp_path):
+    """300 texts, unicode, white space and special tokens included, with the patterns of known encodings."""
+    other = tiktoken.Encoding("other", pat_str=PATTERNS[pattern] or encoding._pat_str,
+                              mergeable_ranks=encoding._mergeable_ranks,
+                              special_tokens=encoding._special_tokens)
+    model = random_model(encoding, n_layer=1)
+    data = random_data(encoding)
+    data.tokenizer = spelled(other)
+    path = tmp_path / "circuit.html"
+    page.write(random_record(model, encoding), model, data, path)
+    browser.open(path)
+    rng = random.Random(pattern)
+    texts = texts_of(rng, encoding, 200) + ["a<|endoftext|>b", "<|endoftext|>"]
+    alphabet = "aſsSKßéあ字🙂 \t\n\r\u0085\u00a0\u200b\ufeff\u2028'\"12٣<>/\\{}()=_-.\u0301"
+    texts += ["".join(rng.choices(alphabet, k=rng.randint(1, 40))) for _ in range(98)]
+    found = browser.run(f"{json.dumps(texts)}.map(text => tokenizer.encode(text))")
+    assert found == [other.encode(text, allowed_special="all") for text in texts]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# what a user does
+
+
+@pytest.fixture(scope="module")
+def opened(encoding, tmp_path_factory):
+    """The path of a page, and its record."""
+    model = random_model(encoding, n_layer=1)
+    record, path = random_record(model, encoding), tmp_path_factory.mktemp("page") / "circuit.html"
+    page.write(record, model, random_data(encoding), path)
+    return path, record
+
+
+def test_clicks_and_keys_change_what_is_computed(opened, browser):
+    """A click on a mode, a node and 'reversed' changes the logits and the address, which brings all of it
+    back; escape closes the panel; typing changes the tokens."""
+    path, record = opened
+    browser.open(path, "#mode=whole&text=import%20json")
+    before = browser.answers()
+    browser.click("#mode-circuit")
+    inside = browser.answers()
+    assert inside["logits"] != before["logits"]
+    node = f"0.attn.attn_v.{record['nodes']['0.attn.attn_v'][0]}"
+    browser.click(f"#node-{node.replace('.', chr(92) + '.')} rect")
+    assert node in browser.run("document.getElementById('panel').textContent")
+    browser.click("#panel button[data-gate='-1']")
+    changed = browser.answers()
+    assert changed["logits"] != inside["logits"]
+    address = browser.run("location.hash")
+    assert f"node={node}" in address and f"flip={node}" in address and "mode=circuit" in address
+    browser.key("Escape")
+    assert "node=" not in browser.run("location.hash")
+    browser.run("document.getElementById('text').focus()")
+    browser.call("Input.insertText", text="a <b> and")
+    assert "a%20%3Cb%3E%20and" in browser.run("location.hash")
+    browser.open(path, address)
+    assert browser.answers() == changed
+
+
+def test_the_loss_over_all_contexts(opened, browser, encoding):
+    """Measured on demand, it is PyTorch's."""
+    path, record = opened
+    browser.open(path, "#mode=circuit")
+    browser.click("#measure")
+    browser.wait_for("Boolean(document.documentElement.dataset.measured)")
+    found = json.loads(browser.run("document.documentElement.dataset.measured"))
+    model, tokens = random_model(encoding, n_layer=1), random_data(encoding).val
+    cut = {tuple(edge[:4]) for edge in page.weights_of(model, record)}
+    cut -= {tuple(edge) for edge in record["edges"]}
+    losses = []
+    for side, positions in enumerate(record["contexts"]["positions"]):
+        for p in positions:
+            logits, _ = oracle(model, record, tokens[p - 16:p].tolist(), "circuit", [], [], cut)
+            losses.append(np.log1p(np.exp(logits[1 - side] - logits[side])))
+    assert found["n"] == len(losses) and found["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
+
+
+def test_text_is_never_a_program(opened, browser):
+    """Tokens, names and typed text that look like HTML are shown as they are; nothing is fetched."""
+    path, _ = opened
+    for text in HOSTILE:
+        browser.open(path, f"#text={quote(text, safe='')}")
+        assert browser.run("document.title").startswith("a <b>task</b>")
+        assert browser.run("document.querySelectorAll('img, main b, main script').length") == 0
+        assert browser.run("document.getElementById('tokens-shown').textContent.length") >= len(text)
+    assert browser.complaints() == []
+    browser.run("document.body.append(Object.assign(document.createElement('script'), "
+                "{textContent: 'window.bad = 1'}))")
+    assert browser.run("window.bad") is None
+
+
+def test_a_large_model_gives_a_page_without_the_live_part(opened, browser, encoding, tmp_path, monkeypatch):
+    """The circuit, the panels and the controls are there, and the page says why there is no more."""
+    _, record = opened
+    monkeypatch.setattr(page, "LIVE", 100)
+    path = tmp_path / "circuit.html"
+    page.write(record, random_model(encoding, n_layer=1), random_data(encoding), path)
+    browser.open(path, f"#node=0.attn.attn_v.{record['nodes']['0.attn.attn_v'][0]}")
+    assert browser.complaints() == []
+    assert "too large" in browser.run("document.getElementById('summary').textContent")
+    assert browser.run("document.getElementById('text').hidden")
+    drawn = browser.run("document.querySelectorAll('#diagram .node').length")
+    assert drawn == sum(map(len, record["nodes"].values()))

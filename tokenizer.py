@@ -1,0 +1,78 @@
+"""The tokenizer of a data set or a run: its file, tokenizer.json, and how a single token is spelled.
+
+prepare.py makes a tokenizer and writes the file beside the data. Training copies it to out_dir, where
+sample.py and circuit.py find it. The sha256 of the file tells tokenizers apart: data and
+checkpoints keep it.
+"""
+import hashlib
+import json
+import os
+
+import tiktoken
+
+from configurator import one_line
+
+PLUG_IN = "tinypython_2k is in the authors' package: pip install git+https://github.com/openai/circuit_sparsity"
+
+
+def tokenizer_in(folder):
+    """Where the tokenizer of a data set, of a run or of a released model is."""
+    return os.path.join(folder, "tokenizer.json")
+
+
+def read_tokenizer(path):
+    """The text of a tokenizer.json and its sha256; OSError or UnicodeDecodeError if it cannot be read."""
+    with open(path, "rb") as f:
+        data = f.read()
+    return data.decode(), hashlib.sha256(data).hexdigest()
+
+
+def load_tokenizer(path):
+    """Return the tiktoken.Encoding that `save_tokenizer` wrote; ValueError if `path` holds no such."""
+    try:
+        spec = json.loads(read_tokenizer(path)[0])
+        tokens = [t.encode() if isinstance(t, str) else bytes(list(t or [])) for t in spec["tokens"]]
+        ranks = {token: i for i, token in enumerate(tokens) if token}
+        special = spec["special_tokens"]
+        if len({*ranks.values(), *special.values()}) < sum(map(bool, tokens)) + len(special):
+            raise ValueError("a token or an id occurs twice")
+        if not spec["pattern"] or "" in special or max(special.values(), default=0) >= 2**31:
+            raise ValueError("an empty pattern or token, or a large id, on which tiktoken hangs or dies")
+        return tiktoken.Encoding(spec["name"], pat_str=spec["pattern"], mergeable_ranks=ranks,
+                                 special_tokens=special)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
+        raise ValueError(f"{path} is not a tokenizer that prepare.py wrote ({one_line(e)})") from e
+
+
+def save_tokenizer(encoding, path):
+    """Write `encoding` as JSON, one token per line in the order of ids.
+
+    A token is a string if its bytes are UTF-8, else a list of byte values; null is an id that no text has.
+    """
+    tokens = [None] * (max(encoding._mergeable_ranks.values()) + 1)
+    for token, i in encoding._mergeable_ranks.items():
+        try:
+            tokens[i] = token.decode()
+        except UnicodeDecodeError:
+            tokens[i] = list(token)
+    lines = ",\n".join(json.dumps(token, ensure_ascii=False) for token in tokens)
+    with open(path, "w", encoding="utf-8", newline="\n") as f:
+        f.write(f'{{"name": {json.dumps(encoding.name)},\n"pattern": {json.dumps(encoding._pat_str)},\n'
+                f'"special_tokens": {json.dumps(encoding._special_tokens)},\n"tokens": [\n{lines}\n]}}\n')
+
+
+def token_bytes(encoding, token):
+    """The bytes of a token; of an id that the tokenizer does not have, those of a replacement character."""
+    try:
+        return encoding.decode_single_token_bytes(token)
+    except KeyError:
+        return "\ufffd".encode()
+
+
+def spell(encoding, token):
+    """A token on one line: ⏎ is a newline, ⇥ a tab, ␣ a space where there is nothing else."""
+    text = token_bytes(encoding, token).decode(errors="replace").replace("\n", "⏎").replace("\t", "⇥")
+    spaces = text.count(" ")
+    if text.strip(" ⏎"):
+        return text
+    return text.replace(" ", "␣") if spaces < 4 else text.replace(" ", "") + f"␣×{spaces}"
