@@ -178,9 +178,11 @@ def test_attention_weights_are_those_of_the_softmax_with_a_sink():
     assert (weights.sum(-1) < 1).all() and not weights.triu(3).any()
 
 
-def test_prune_without_a_cpu():
+def test_without_a_cpu_the_definitions_run():
     """Also where nothing is to be pruned: what a GPU would be asked to do, on a device without memory."""
     model = random_model(0).to("meta")
+    assert model(some_tokens(2, 4).to("meta"))[0].shape == (2, 4, 11)
+    assert abs_topk(torch.empty(3, 8, device="meta"), 2).shape == (3, 8)
     for l0 in (1.0, 0.5):
         model.prune_(l0)
 
