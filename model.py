@@ -19,6 +19,7 @@ import kernels
 # ----------------------------------------------------------------------------------------------------------
 # the definitions: what is kept of activations and of weights, attention with a sink
 
+
 def largest(x, k):
     """Mask, bool, of the k largest entries of x (..., n) along the last dimension.
 
@@ -55,7 +56,7 @@ def attention_weights(q, k, sink_logit):
 
 
 def sink_attention(q, k, v, sink_logit, dropout_p):
-    """Of the values v (B, n_head, S, d_head) what each head attends to. The sink's value is zero."""
+    """What each head reads of the values v (B, n_head, S, d_head): (B, n_head, T, d_head); a sink has none."""
     if kernels.can_sink_attention(q, k, dropout_p):  # the same up to rounding, without the (T, S) weights
         return kernels.sink_attention(q, k, v, sink_logit, dropout_p)
     return F.dropout(attention_weights(q, k, sink_logit), dropout_p) @ v
@@ -135,9 +136,8 @@ class GPTConfig:
         self.d_mlp = self.d_mlp or 4 * self.d_model
         smallest = min(self.d_model, self.n_head * self.d_head, self.d_mlp)
         if not 1 <= self.activation_topk_fraction * smallest <= smallest:
-            least = math.ceil(1e6 / smallest) / 1e6
-            raise ValueError(f"activation_topk_fraction={self.activation_topk_fraction} must be at most 1 "
-                             f"and keep at least one of {smallest} entries: choose {least} or more")
+            raise ValueError(f"activation_topk_fraction={self.activation_topk_fraction} must be at most 1 and keep "
+                             f"one of {smallest} entries: choose {math.ceil(1e6 / smallest) / 1e6} or more")
 
     @property
     def locations(self):
@@ -367,7 +367,7 @@ class GPT(nn.Module):
             if p.ndim == 2:
                 n, neurons = p.numel(), 0 if neuron_dim is None else p.size(neuron_dim)
                 least = max(1, min(neurons * min_weights_per_neuron, n))
-                fits = least / n if int(least / n * n) == least else math.nextafter(least / n, 1)  # rounding
+                fits = least / n if int(least / n * n) == least else math.nextafter(least / n, 1)  # rounded
                 smallest = max(smallest, fits)
         return smallest
 

@@ -398,7 +398,7 @@ def main():
     with runs.claim_out_dir(out_dir) if process.rank == 0 else nullcontext():
         if process.rank == 0:
             begin(run, checkpoint, before)
-        checkpoint = None  # it takes three times the memory of the model
+        checkpoint = start = None  # which take four times the memory of the model
         train(run)
     if run.log:
         run.log.close()
