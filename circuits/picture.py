@@ -274,9 +274,11 @@ def draw(record, path):
     axis.text(-0.2, 1.02, "tokens that write the channel", fontsize=8, ha="right", color="0.3")
     axis.text(right, 1.02, "answers", fontsize=8, ha="center", color="0.3")
     c, w = record["results"]["circuit"], record["results"]["whole"]
+    f = record["results"]["circuit_fitted"]
     figure.suptitle(f"{record['task']}: {c['nodes']:,} of {w['nodes']:,} nodes and {c['edges']:,} of "
-                    f"{w['edges']:,} weights, loss {c['loss']:.3f}, accuracy {c['accuracy']:.1%} "
-                    f"(whole model {w['loss']:.3f}, {w['accuracy']:.1%})", fontsize=11)
+                    f"{w['edges']:,} weights, loss {c['loss']:.3f}, accuracy {c['accuracy']:.1%} (fitted "
+                    f"{f['loss']:.3f}, {f['accuracy']:.1%}; whole model {w['loss']:.3f}, "
+                    f"{w['accuracy']:.1%})", fontsize=11)
     axis.set(xlim=(-0.75, right + 0.3), ylim=(-0.06, 1.05))
     axis.axis("off")
     axis.text(-0.75, -0.04, LEGEND, fontsize=7, color="0.3", va="top")

@@ -449,8 +449,10 @@ def test_a_faithful_circuit_agrees_with_the_whole_model(known):
     prefer_x = [np.array([right - other if answers[0] == X else other - right for (right, other), answers in
                           zip(nodes.judge(contexts, g).tolist(), contexts.answers.tolist(), strict=True)])
                 for g in (torch.ones(nodes.number), some)]
+    is_x = contexts.answers[:, 0].numpy() == X
     assert asked.agreement(nodes, some, contexts) == pytest.approx(
-        {"same_answer": np.mean((prefer_x[0] > 0) == (prefer_x[1] > 0)),
+        {"right": np.mean((prefer_x[1] > 0) == is_x), "whole_right": np.mean((prefer_x[0] > 0) == is_x),
+         "same_answer": np.mean((prefer_x[0] > 0) == (prefer_x[1] > 0)),
          "correlation": np.corrcoef(prefer_x)[0, 1]}, abs=1e-4)
     gates[nodes.split(torch.arange(nodes.number))["0.attn.attn_k"][0]] = 0
     head = asked.attention_kept(nodes, gates, contexts)["0.0"]

@@ -20,9 +20,9 @@ import tiktoken
 import torch
 
 from circuits import page
-from circuits.nodes import NODE_SITES, node_sites
+from circuits.nodes import node_sites
 from conftest import read
-from model import GPT, LOCATIONS, AbsTopK, GPTConfig
+from model import GPT, LOCATIONS, NODE_LOCATIONS, AbsTopK, GPTConfig
 
 BROWSER = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is here: apt-get install chromium")
@@ -320,7 +320,7 @@ def test_the_model_in_the_page_is_the_model(name, browser, encoding, tmp_path):
 def test_all_sites_are_the_papers():
     """The page has a place in its diagram for each of the sites at which nodes are."""
     template = read(page.TEMPLATE)
-    assert all(f"{site}: " in template for site in NODE_SITES)
+    assert all(f"{site}: " in template for site in NODE_LOCATIONS)
 
 
 PATTERNS = {
