@@ -349,10 +349,12 @@ def test_a_new_parameter_must_be_classified():
         model.prune_(0.5)
 
 
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "definition"])
 @pytest.mark.parametrize("j", [0, 1, 3, 4])
 @pytest.mark.parametrize("l0", [0.9, 0.5, 0.377, 0.25])
-def test_prune_leaves_exactly_k_in_every_matrix_and_each_neuron_its_floor(l0, j):
+def test_prune_leaves_exactly_k_in_every_matrix_and_each_neuron_its_floor(l0, j, fast, monkeypatch):
     """int(l0 * numel) in all; at least j in every row of c_attn and c_fc and every column of both c_proj."""
+    monkeypatch.setattr(kernels, "enabled", fast)
     model = tiny_model(n_layer=1)
     with torch.no_grad():
         for name in MATRICES:  # neurons of very different size: with no floor the small ones would lose all
@@ -455,6 +457,13 @@ def test_smallest_l0_is_the_smallest_that_fits(d_model, d_mlp):
         largest_matrix = max(model.get_parameter(name).numel() for name in MATRICES)
         with pytest.raises(ValueError, match=f"fewer than {j}"):
             model.prune_(smallest - 1 / largest_matrix, j)
+
+
+def test_smallest_l0_leaves_no_matrix_empty():
+    """Without a floor, too: the smallest matrix keeps one weight."""
+    model = tiny_model(n_layer=1)
+    model.prune_(model.smallest_l0(0), min_weights_per_neuron=0)
+    assert min(model.get_parameter(name).count_nonzero() for name in MATRICES) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -731,6 +740,7 @@ def test_what_is_left_open_is_filled_in():
     c = GPTConfig(d_model=32, d_head=8, activation_sparsity_locations=" attn_in , mlp_out,")
     assert (c.d_mlp, c.n_head, c.locations) == (128, 4, ["attn_in", "mlp_out"])
     assert GPTConfig(d_model=32, d_head=8, d_mlp=48, n_head=3).d_mlp == 48
+    assert GPTConfig().locations == "attn_in attn_q attn_k attn_v attn_out mlp_in mlp_neuron mlp_out".split()
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -825,6 +835,16 @@ def test_dropout_acts_in_training_alone():
     idx = torch.arange(8).view(1, 8)
     assert not torch.equal(model(idx)[0], model(idx)[0])
     assert torch.equal(model.eval()(idx)[0], without.eval()(idx)[0])
+
+
+def test_dropout_takes_attention_weights_and_scales_the_rest():
+    """With the identity for values attention puts out its weights: of each the double, or zero."""
+    q, k = torch.randn(2, 2, 3, 8, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    v, b = torch.eye(8, dtype=torch.float64).expand(2, 3, 8, 8), torch.zeros(3, dtype=torch.float64)
+    weights, dropped = sink_attention(q, k, v, b, 0.0), sink_attention(q, k, v, b, 0.5)
+    kept = dropped != 0
+    assert_close(dropped, 2 * weights * kept, 1e-9)
+    assert 0.3 < kept.sum() / (weights != 0).sum() < 0.7
 
 
 def test_weights_start_as_they_should():
