@@ -740,7 +740,8 @@ def test_what_is_left_open_is_filled_in():
     c = GPTConfig(d_model=32, d_head=8, activation_sparsity_locations=" attn_in , mlp_out,")
     assert (c.d_mlp, c.n_head, c.locations) == (128, 4, ["attn_in", "mlp_out"])
     assert GPTConfig(d_model=32, d_head=8, d_mlp=48, n_head=3).d_mlp == 48
-    assert GPTConfig().locations == "attn_in attn_q attn_k attn_v attn_out mlp_in mlp_neuron mlp_out".split()
+    assert GPTConfig().activation_sparsity_locations == (
+        "attn_in,attn_q,attn_k,attn_v,attn_out,mlp_in,mlp_neuron,mlp_out")
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -839,7 +840,7 @@ def test_dropout_acts_in_training_alone():
 
 def test_dropout_takes_attention_weights_and_scales_the_rest():
     """With the identity for values attention puts out its weights: of each the double, or zero."""
-    q, k = torch.randn(2, 2, 3, 8, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    q, k = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     v, b = torch.eye(8, dtype=torch.float64).expand(2, 3, 8, 8), torch.zeros(3, dtype=torch.float64)
     weights, dropped = sink_attention(q, k, v, b, 0.0), sink_attention(q, k, v, b, 0.5)
     kept = dropped != 0

@@ -362,7 +362,7 @@ def begin(run, checkpoint, before):
     if wandb_log:
         run.log.start_wandb(wandb_project, wandb_run_name, run.settings)
     runs.write_settings(run)
-    print(f"settings that are not the defaults: {configurator.difference(globals(), DEFAULTS) or 'none'}")
+    print(f"settings that are not the defaults: {configurator.difference(globals(), DEFAULTS)}")
     n = sum(p.numel() for p in run.model.parameters())
     pruned = sum(p.numel() for _, p, _ in run.model.sparse_parameters() if p.ndim == 2)
     print(f"{n:,} parameters, {pruned:,} in matrices that are pruned to {target_l0_fraction:.4%} | "

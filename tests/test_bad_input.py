@@ -191,6 +191,7 @@ BAD_INPUTS = [
     ("train.py tiny.py", "python prepare.py", copy("data/other/tokenizer.json", "data/tiny/tokenizer.json")),
     ("train.py tiny.py", "python prepare.py", file("data/tiny/tokenizer.json", b"\xff")),
     ("train.py tiny.py --dataset=other --init_from=resume", "tokenizer"),
+    ("train.py --init_from=resume", "vocabulary of 300", meta(vocab_size=300)),
     # where to write
     ("train.py tiny.py --out_dir=tiny.py/out", "--out_dir"),
     ("train.py tiny.py --out_dir=tiny.py", "--out_dir"),

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import sys
+import time
 import types
 
 import numpy as np
@@ -106,6 +107,14 @@ def test_logged_numbers_of_a_run(here, monkeypatch):
     assert records[-1]["sparsity/fraction"] == pytest.approx(0.25, abs=0.01)
 
 
+def test_speed_is_that_since_it_was_last_logged(here, monkeypatch):
+    """A slow step counts in the record that it is part of, and in no later one."""
+    call_before(monkeypatch, "update_", lambda model, optimizer, scaler, step: time.sleep(step == 2))
+    assert run("train.py tiny.py --log_every_n_steps=2") == 0
+    speed = {record["step"]: record["tokens_per_second"] for record in log() if "loss" in record}
+    assert speed[2] < 2 * 64 < 4 * 64 < speed[4]
+
+
 def two_layers():
     """A pruned model of two layers with three dead neurons: rows 3 and 4 of a c_fc, column 5 of a c_proj."""
     model = tiny_model()
@@ -198,18 +207,19 @@ def test_wandb_disabled(here, monkeypatch):
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    records = []
+    records, finished = [], []
     init = wandb.init
 
     def watched_init(**arguments):
         wandb_run = init(**arguments)
         assert wandb_run.disabled
         wandb_run.log = lambda record, step: records.append({**record, "step": step})
+        wandb_run.finish = lambda: finished.append(len(records))
         return wandb_run
 
     monkeypatch.setattr(wandb, "init", watched_init)
     assert run("train.py tiny.py --wandb_log=True") == 0
-    assert records == log()
+    assert records == log() and finished == [len(records)]
     assert not os.path.exists("out/wandb") and not os.path.exists("wandb")
 
 

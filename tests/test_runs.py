@@ -440,6 +440,7 @@ def test_two_runs_do_not_share_an_out_dir(here, capsys):
 
 
 @pytest.mark.parametrize("target, losses, best_step", [
+    (1.0, [3.0, 2.0, 2.0, 2.5], 4),  # of equals the first
     (1.0, [5.0, 3.0, 4.0, 3.5], 4), (1.0, [5.0, 4.0, 3.5, 3.0], 12),
     (0.25, [5.0, 1.0, 4.0, 4.5], 8), (0.25, [5.0, 1.0, 4.0, 3.5], 12)])
 def test_best_checkpoint(here, monkeypatch, target, losses, best_step):
@@ -456,6 +457,21 @@ def test_best_checkpoint(here, monkeypatch, target, losses, best_step):
     assert (best["step"], last["step"]) == (best_step, 12)
     assert best["best_val_loss"] == last["best_val_loss"] == losses[best_step // 4]
     assert log()[-1]["val/best_loss"] == losses[best_step // 4]
+
+
+def test_best_is_at_the_l0_of_the_last_update(here):
+    """While it is annealed: of the one that made these weights, not of the next."""
+    assert run("train.py tiny.py --max_iters=8 --sparsity_anneal_end_fraction=1") == 0
+    assert checkpoint("best.pt")["step"] == 8 and checkpoint("best.pt")["best_l0"] == train.l0_at(7) > 0.25
+
+
+def test_an_out_dir_that_was_moved_goes_on_where_it_is(here):
+    """Where a run was, and how it began, are of the command that began it."""
+    assert run("train.py tiny.py --out_dir=first --max_iters=4") == 0
+    before = tree("first")
+    shutil.copytree("first", "out")
+    assert run("train.py --init_from=resume --max_iters=8") == 0
+    assert checkpoint()["step"] == 8 and tree("first") == before
 
 
 def test_sigint_writes_one_checkpoint_and_says_how_to_resume(here, monkeypatch, capsys):
