@@ -56,7 +56,7 @@ def attention_weights(q, k, sink_logit):
 
 
 def sink_attention(q, k, v, sink_logit, dropout_p):
-    """What each head reads of the values v (B, n_head, S, d_head): (B, n_head, T, d_head); a sink has none."""
+    """What each head reads of the values v (B, n_head, S, d_head): (B, n_head, T, d_head)."""
     if kernels.can_sink_attention(q, k, dropout_p):  # the same up to rounding, without the (T, S) weights
         return kernels.sink_attention(q, k, v, sink_logit, dropout_p)
     return F.dropout(attention_weights(q, k, sink_logit), dropout_p) @ v
@@ -136,8 +136,8 @@ class GPTConfig:
         self.d_mlp = self.d_mlp or 4 * self.d_model
         smallest = min(self.d_model, self.n_head * self.d_head, self.d_mlp)
         if not 1 <= self.activation_topk_fraction * smallest <= smallest:
-            raise ValueError(f"activation_topk_fraction={self.activation_topk_fraction} must be at most 1 and keep "
-                             f"one of {smallest} entries: choose {math.ceil(1e6 / smallest) / 1e6} or more")
+            raise ValueError(f"activation_topk_fraction={self.activation_topk_fraction} must be at most 1 "
+                             f"and keep one of {smallest} entries: choose {math.ceil(1e6 / smallest) / 1e6} or more")
 
     @property
     def locations(self):
