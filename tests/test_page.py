@@ -100,7 +100,7 @@ class Browser:
         """Wait until an expression is true in the page."""
         end = time.time() + seconds
         while not self.run(condition):
-            assert time.time() < end, f"waited in vain for {condition}: {self.events}"
+            assert time.time() < end, f"waited in vain for {condition}: {str(self.complaints())[:2000]}"
             time.sleep(0.01)
 
     def complaints(self):
