@@ -254,7 +254,9 @@ def content(record, model, data, arrays):
     padded = np.array([ids + [0] * (longest - len(ids)) for ids, _ in contexts])
     shown = {key: record[key] for key in SHOWN if key in record}
     return {
-        "record": shown, "config": asdict(model.config), "tokenizer": json.loads(data.tokenizer),
+        "record": shown,
+        "accuracy": {name: record["results"][name]["accuracy"] for name in ("circuit", "whole")},
+        "config": asdict(model.config), "tokenizer": json.loads(data.tokenizer),
         "live": live <= LIVE, "nonzeros": live,
         "parameters": parameters_of(model, arrays) if live <= LIVE else {},
         "bigrams": bigrams_of(model, answers, arrays) if live <= LIVE else None,

@@ -100,7 +100,7 @@ class Browser:
         """Wait until an expression is true in the page."""
         end = time.time() + seconds
         while not self.run(condition):
-            assert time.time() < end, f"waited in vain for {condition}: {self.events}"
+            assert time.time() < end, f"waited in vain for {condition}: {str(self.complaints())[:2000]}"
             time.sleep(0.01)
 
     def complaints(self):
@@ -198,6 +198,7 @@ def random_record(model, encoding, seed=0):
         "means": {site: (0.3 * torch.randn(n)).tolist() for site, n in sites.items()},
         "reads": {f"{i}.attn.attn_v": (0.3 * torch.randn(32)).tolist() for i in range(model.config.n_layer)},
         "contexts": {"split": "val", "positions": [[40, 60, 80], [50, 70, 90]]}, "hard": {},
+        "results": {"circuit": {"accuracy": 0.637}, "whole": {"accuracy": 1.0}},
         "curve": [[9, 20, 0.1]], "table": [["whole <i>model</i>", "0.1", "90%", "9", "9", ""]],
         "caveats": "None."}
     record["edges"] = [edge[:4] for edge in page.weights_of(model, record) if rng.random() < 0.5]
@@ -405,6 +406,13 @@ def test_the_loss_over_all_contexts(opened, browser, encoding):
             logits, _ = oracle(model, record, tokens[p - 16:p].tolist(), "circuit", [], [], cut)
             losses.append(np.log1p(np.exp(logits[1 - side] - logits[side])))
     assert found["n"] == len(losses) and found["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
+
+
+def test_the_first_sentences_say_how_often_the_circuit_is_right(opened, browser):
+    """And how often the whole model is, from the record."""
+    browser.open(opened[0])
+    said = browser.run("document.getElementById('summary').textContent")
+    assert "right in 63.7% of the task's contexts, the whole model in 100.0%" in said
 
 
 def test_text_is_never_a_program(opened, browser):
