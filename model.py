@@ -136,9 +136,8 @@ class GPTConfig:
         self.d_mlp = self.d_mlp or 4 * self.d_model
         smallest = min(self.d_model, self.n_head * self.d_head, self.d_mlp)
         if not 1 <= self.activation_topk_fraction * smallest <= smallest:
-            raise ValueError(f"activation_topk_fraction={self.activation_topk_fraction} must be at most 1 "
-                             f"and keep one of {smallest} entries: choose "
-                             f"{math.ceil(1e6 / smallest) / 1e6} or more")
+            raise ValueError(f"activation_topk_fraction={self.activation_topk_fraction} must be at most 1; "
+                             f"to keep one of {smallest} entries, {math.ceil(1e6 / smallest) / 1e6} or more")
 
     @property
     def locations(self):
