@@ -76,15 +76,11 @@ def read_task(task, tokenizer):
             if first == second or not isinstance(spec.get("contains", ""), str):
                 raise ValueError("two different answers, and a text that a context contains")
         elif "families" in spec:  # inputs that another task lists as "beyond"
-            spec["families"] = {str(family): [
-                ([tokenizer.eot_token, *tokenizer.encode(prompt, disallowed_special=())],
-                 [one_token(tokenizer, right), one_token(tokenizer, other)])
-                for prompt, right, other in prompts] for family, prompts in spec["families"].items()}
+            spec["families"] = {str(family): spelled(tokenizer, prompts)
+                                for family, prompts in spec["families"].items()}
         else:
             for part in ("prompts", "held_out"):
-                spec[part] = [([tokenizer.eot_token, *tokenizer.encode(prompt, disallowed_special=())],
-                               [one_token(tokenizer, right), one_token(tokenizer, other)])
-                              for prompt, right, other in spec[part]]
+                spec[part] = spelled(tokenizer, spec[part])
             if {tuple(ids) for ids, _ in spec["prompts"]} & {tuple(ids) for ids, _ in spec["held_out"]}:
                 raise ValueError("held-out prompts that are not among the others")
             if any(right == other for part in ("prompts", "held_out") for _, (right, other) in spec[part]):
@@ -96,6 +92,12 @@ def read_task(task, tokenizer):
         fail(f'{path} is no task ({type(e).__name__}: {e}): it needs {{"answers": [text, text]}}, or '
              '{"prompts": [[prompt, answer, other answer], ...], "held_out": [...]}')
     return spec, os.path.splitext(os.path.basename(path))[0]
+
+
+def spelled(tokenizer, prompts):
+    """Prompts [text, right answer, other answer] as (ids, [right, other])."""
+    return [([tokenizer.eot_token, *tokenizer.encode(prompt, disallowed_special=())],
+             [one_token(tokenizer, right), one_token(tokenizer, other)]) for prompt, right, other in prompts]
 
 
 def one_token(tokenizer, text):
@@ -168,20 +170,22 @@ def three_sets(spec, data, tokenizer, block_size, process):
 
 def sets_beyond(spec, judging, data, tokenizer, block_size, process):
     """Contexts that the circuit was not made for: name -> Contexts. The task's in random order, those of the
-    tasks that it lists as "beyond", and any places of val, where the task's first two answers compete."""
+    tasks that it lists as "beyond", and any places of val, where the task's first two answers compete. And
+    the same of the families of hard inputs alone."""
     starts = np.random.default_rng(seed).integers(len(data.val) - block_size, size=judging_contexts)
     idx, _ = windows(data.val, starts, block_size, process)
     n, answers = len(idx), judging.answers[0].sort().values
     last = torch.full((n,), block_size - 1, device=idx.device)
-    found = {"random order": judging.in_random_order(seed)}
+    found, hard = {"random order": judging.in_random_order(seed)}, {}
     for other in spec["beyond"]:
         asked_too = read_task(other, tokenizer)[0]
         if "families" in asked_too:
-            found |= {f"{other}: {family}": contexts_of(prompts, f"prompts of {family}", block_size, process)
-                      for family, prompts in asked_too["families"].items()}
+            hard |= {f"{other}: {family}": contexts_of(prompts, f"prompts of {family}", block_size, process)
+                     for family, prompts in asked_too["families"].items()}
+            found |= hard
         else:
             found[other] = three_sets(asked_too, data, tokenizer, block_size, process)[-1]
-    return found | {"ordinary text": Contexts(idx, last, answers.expand(n, 2))}
+    return found | {"ordinary text": Contexts(idx, last, answers.expand(n, 2))}, hard
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -251,11 +255,6 @@ def first_of(order, size):
     gates = torch.zeros(len(order), device=order.device)
     gates[order[:size]] = 1
     return gates
-
-
-def loss_of_first(nodes, contexts, order, size):
-    """The mean loss on `contexts` of the circuit that is the first `size` nodes of `order`."""
-    return loss_at(nodes, contexts, first_of(order, size), fitted=False)
 
 
 def search(nodes, learning, choosing, target, name):
@@ -392,11 +391,11 @@ def check_able(name, nodes, choosing, target):
     return able
 
 
-def hard_inputs(beyond):
-    """The prompts of the families among the sets beyond: name -> [[ids, right, other], ...]."""
+def prompts_record(hard):
+    """The prompts of the families of hard inputs as they are kept: name -> [[ids, right, other], ...]."""
     return {name: [[contexts.idx[row, :last + 1].tolist(), *contexts.answers[row].tolist()]
                    for row, last in enumerate(contexts.last.tolist())]
-            for name, contexts in beyond.items() if ": " in name}
+            for name, contexts in hard.items()}
 
 
 def costs_of(nodes, gates, choosing, loss):
@@ -439,7 +438,7 @@ def main():
     spec, name = read_task(task, tokenizer)
     sets = learning, choosing, judging = three_sets(spec, data, tokenizer, model.config.block_size, process)
     target = target_loss or spec["target_loss"]
-    beyond = sets_beyond(spec, judging, data, tokenizer, model.config.block_size, process)
+    beyond, hard = sets_beyond(spec, judging, data, tokenizer, model.config.block_size, process)
     nodes = measured_nodes(model, data, process)
     able = check_able(name, nodes, choosing, target)
     print(f"{name}: {nodes.number:,} nodes; target loss {target:g} on train, where the whole model has "
@@ -470,7 +469,7 @@ def main():
     asked.print_rest(results)
     save({
         "task": name, "answers": [tokenizer.decode([i]) for i in pair], "answer_ids": pair, "table": table,
-        "caveats": asked.CAVEATS.replace("\n", " "), "hard": hard_inputs(beyond),
+        "caveats": asked.CAVEATS.replace("\n", " "), "hard": prompts_record(hard),
         **costs_of(nodes, gates, choosing, path[-1][2]), "model": os.path.join(out_dir, checkpoint),
         "target_loss": target,
         "ablation": ablation, "format": 2, "fit": fit, "scale": scale, "shift": shift,

@@ -148,7 +148,7 @@ def opened_beside(path, mode="w"):
 
     Whatever happens meanwhile, `path` holds all of the old or all of the new. Raises what writing raises.
     """
-    beside = path + ".tmp"
+    beside = os.fspath(path) + ".tmp"
     try:
         with open(beside, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as f:
             yield f

@@ -113,6 +113,7 @@ class Nodes:
         self.places = dict(zip(self.sites, np.cumsum([0, *self.sizes[:-1]]).tolist(), strict=True))
         self.ends = torch.tensor([(self.places[a] + i, self.places[b] + o) for a, i, b, o in self.edges],
                                  dtype=torch.long, device=self.device).view(-1, 2)
+        self.by_linear = list(self.edges_by_linear())
 
     def with_edges(self, edges):
         """The same nodes, with gates for these edges."""
@@ -127,10 +128,21 @@ class Nodes:
         two kept nodes, but for the removed ones."""
         kept, off = self.kept(gates), (gates[self.nodes:] == 0).nonzero()[:, 0].tolist()
         removed = {self.edges[i] for i in off}
-        return [(read, i, written, o, weight[o, i].item())
-                for read, written, weight, _ in matrices(self.model)
-                for o in kept.get(written, []) for i in kept.get(read, [])
-                if weight[o, i] != 0 and (read, i, written, o) not in removed]
+        return [edge for edge in weights_between(self.model, kept) if edge[:4] not in removed]
+
+    def edges_by_linear(self):
+        """For each Linear with some of `edges`: it, the site it reads, and tensors: which edges these are,
+        the columns and the rows of its weight that they touch, and where each is in the block of these."""
+        for linear, read, rows in linears(self.model):
+            mine = [e for e, edge in enumerate(self.edges) if edge[0] == read and edge[2] in rows]
+            if mine:
+                columns = torch.tensor([self.edges[e][1] for e in mine], device=self.device)
+                written = torch.tensor([rows[self.edges[e][2]] + self.edges[e][3] for e in mine],
+                                       device=self.device)
+                ins, column = columns.unique(return_inverse=True)
+                outs, row = written.unique(return_inverse=True)
+                mine = torch.tensor(mine, device=self.device)
+                yield linear, read, mine, ins, outs, row * len(ins) + column
 
     def others(self, gates):
         """Gates that ablate the kept nodes of `gates` and keep all others, with all their weights."""
@@ -142,22 +154,14 @@ class Nodes:
         """For each Linear with some of `edges` a function of its input and output that removes these."""
         joined = gates[..., self.ends].detach().ne(0).all(-1)  # both of its nodes are kept
         off, found = (1 - gates[..., self.nodes:]) * joined, []
-        for linear, read, rows in linears(self.model):
-            mine = [e for e, edge in enumerate(self.edges) if edge[0] == read and edge[2] in rows]
-            if not mine:
-                continue
-            ins = sorted({self.edges[e][1] for e in mine})
-            outs = sorted({rows[self.edges[e][2]] + self.edges[e][3] for e in mine})
-            at = [outs.index(rows[self.edges[e][2]] + self.edges[e][3]) * len(ins) +
-                  ins.index(self.edges[e][1]) for e in mine]
-            lost = off.new_zeros(*off.shape[:-1], len(outs) * len(ins)).index_copy(
-                -1, torch.tensor(at, device=self.device), off[..., mine])
+        for linear, read, mine, ins, outs, at in self.by_linear:
+            lost = off.new_zeros(*off.shape[:-1], len(outs) * len(ins)).index_copy(-1, at, off[..., mine])
             lost = lost.unflatten(-1, (len(outs), len(ins))) * linear.weight[outs][:, ins]
 
             def remove(x, y, lost=lost, ins=ins, outs=outs, mean=self.mean_reads[read][ins]):
                 x = (x[..., ins] - mean).unflatten(0, (*off.shape[:-1], -1))  # the same parts as in `logits`
                 change = torch.einsum("...nti,...oi->...nto", x, lost).flatten(0, off.dim() - 1)
-                return y.index_add(-1, torch.tensor(outs, device=y.device), change, alpha=-1)
+                return y.index_add(-1, outs, change, alpha=-1)
             found.append((linear, remove))
         return found
 
@@ -258,6 +262,13 @@ def matrices(model):
         yield f"{i}.attn.attn_v", f"{i}.attn.attn_out", attn.c_proj.weight, attn.c_proj.bias
         yield f"{i}.mlp.mlp_in", f"{i}.mlp.mlp_neuron", mlp.c_fc.weight, mlp.c_fc.bias
         yield f"{i}.mlp.mlp_neuron", f"{i}.mlp.mlp_out", mlp.c_proj.weight, mlp.c_proj.bias
+
+
+def weights_between(model, kept):
+    """The nonzero weights between nodes, site -> channels: (site read, channel, site written, channel,
+    weight)."""
+    return [(read, i, written, o, weight[o, i].item()) for read, written, weight, _ in matrices(model)
+            for o in kept.get(written, []) for i in kept.get(read, []) if weight[o, i] != 0]
 
 
 def count(nodes, gates):

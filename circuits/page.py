@@ -16,9 +16,9 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from circuits.nodes import hooks, matrices, node_sites
+from circuits.nodes import hooks, node_sites, weights_between
 from configurator import configure, fail
-from runs import load_run, this_process
+from runs import load_run, this_process, write_atomically
 
 circuit = ""  # the path of a circuit.json
 page = ""  # where to write the page; '': circuit.html, beside it
@@ -189,7 +189,10 @@ def token_table(model, record, contexts, device):
     if not any(site.endswith(("q", "k", "v")) for site in sites):
         return None
     modules, zero = node_sites(model), record["ablation"] == "zero"
-    needed = {tuple(edge) for edge in map(tuple, record["edges"])}
+    needed = set(map(tuple, record["edges"]))
+    removed = {site: [(i, o, weight) for a, i, b, o, weight in weights_between(model, record["nodes"])
+                      if b == site and (a, i, b, o) not in needed] for site in first[1:]}
+    read = torch.tensor(record["means"]["0.attn.attn_in"], device=device) * (0 if zero else 1)
 
     def gate(site, x):
         mean = torch.tensor(record["means"][site], device=device) * (0 if zero else 1)
@@ -202,15 +205,11 @@ def token_table(model, record, contexts, device):
     for position in positions:
         x = model.transformer.wte.weight + model.transformer.wpe(torch.tensor([position], device=device))
         h = gate("0.attn.attn_in", modules["0.attn.attn_in"](block.ln_1(x)))
-        read = torch.tensor(record["means"]["0.attn.attn_in"], device=device) * (0 if zero else 1)
         values = {"0.attn.attn_in": h}
         for name, y in zip("qkv", block.attn.c_attn(h).chunk(3, dim=-1), strict=True):
             site, y = f"0.attn.attn_{name}", y.clone()
-            [weight] = [w for a, b, w, _ in matrices(model) if b == site]
-            for i in record["nodes"].get("0.attn.attn_in", []):
-                for o in record["nodes"].get(site, []):
-                    if weight[o, i] != 0 and ("0.attn.attn_in", i, site, o) not in needed:
-                        y[:, o] += weight[o, i] * (read[i] - h[:, i])
+            for i, o, weight in removed[site]:
+                y[:, o] += weight * (read[i] - h[:, i])
             values[site] = gate(site, modules[site](y))
         found.append(torch.cat([values[site][:, record["nodes"][site]] for site in sites], dim=1).cpu())
     found = torch.stack(found)  # (positions, vocab_size, channels)
@@ -236,13 +235,6 @@ def put_tokens(table, arrays):
 # the page
 
 
-def weights_of(model, record):
-    """All nonzero weights between kept nodes: [site read, channel, site written, channel, weight]."""
-    kept = record["nodes"]
-    return [[read, i, written, o, weight[o, i].item()] for read, written, weight, _ in matrices(model)
-            for o in kept.get(written, []) for i in kept.get(read, []) if weight[o, i] != 0]
-
-
 def content(record, model, data, arrays):
     """All that the page shows, as JSON can hold it."""
     device = next(model.parameters()).device
@@ -262,7 +254,8 @@ def content(record, model, data, arrays):
         "bigrams": bigrams_of(model, answers, arrays) if live <= LIVE else None,
         "means": {site: arrays.add(mean, "float32") for site, mean in record["means"].items()},
         "reads": {site: arrays.add(mean, "float32") for site, mean in record.get("reads", {}).items()},
-        "weights": weights_of(model, record), "values": nodes, "ordinary": texts, "quantiles": QUANTILES,
+        "weights": weights_between(model, record["nodes"]), "values": nodes, "ordinary": texts,
+        "quantiles": QUANTILES,
         "contexts": {"ids": arrays.add(padded, "uint16"), "lengths": [len(ids) for ids, _ in contexts],
                      "answers": [list(pair) for _, pair in contexts], "split": record["contexts"]["split"]},
         "tokens": put_tokens(token_table(model, record, contexts, device), arrays),
@@ -290,11 +283,7 @@ def write(record, model, data, path):
         "DATA": found.replace("<", "\\u003c"),  # in JSON it stands in strings alone
         "ARRAYS": arrays.text()}
     text = re.sub("__(POLICY|DATA|ARRAYS)__", lambda match: parts[match[1]], template)
-    try:
-        with open(path, "w", encoding="utf-8", newline="\n") as f:
-            f.write(text)
-    except OSError as e:
-        fail(f"cannot write {path} ({e.strerror}): choose another place")
+    write_atomically(path, text)
     return len(text.encode())
 
 

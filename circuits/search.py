@@ -61,12 +61,10 @@ def loss_at(nodes, contexts, gates, fitted=True):
 def estimated_costs(nodes, contexts, gates, fitted=True):
     """By how much the loss rises when each gate goes from 1 to 0, to first order: (number)."""
     scale, shift = fit(nodes.judge(contexts, gates), contexts.sides()) if fitted else (1.0, 0.0)
-    gates, total = gates.clone().requires_grad_(), 0.0
+    gates = gates.clone().requires_grad_()
     for batch in contexts.batches():
         logits = apply_fit(nodes.logits(batch, gates), batch.sides(), scale, shift)
-        loss = loss_of(logits).sum() / len(contexts)
-        loss.backward()
-        total += loss.item()
+        (loss_of(logits).sum() / len(contexts)).backward()
     return -gates.grad
 
 

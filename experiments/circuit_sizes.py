@@ -25,7 +25,7 @@ import torch
 
 import circuit
 from circuits.nodes import count
-from circuits.search import loss_of
+from circuits.search import loss_at, loss_of
 from configurator import configure, fail, settings_of
 from experiments.ablations import last_of_log
 from figures import new_figure, plain, save
@@ -150,9 +150,10 @@ def is_trained(checkpoint):
 def rows_of_trial(nodes, tau, choosing, judging):
     """What the importance tau of the nodes makes of each target loss."""
     order = tau.argsort(descending=True, stable=True)
-    loss_at = functools.cache(functools.partial(circuit.loss_of_first, nodes, choosing, order))
+    at_size = functools.cache(lambda size: loss_at(nodes, choosing, circuit.first_of(order, size),
+                                                   fitted=False))
     for target in TARGETS:
-        size, _ = circuit.fewest(loss_at, nodes.number, target)
+        size, _ = circuit.fewest(at_size, nodes.number, target)
         row = {"target_loss": target, "nodes": "", "edges": "", "val_loss": ""}
         if size:
             gates = circuit.first_of(order, size)

@@ -20,7 +20,7 @@ import tiktoken
 import torch
 
 from circuits import page
-from circuits.nodes import node_sites
+from circuits.nodes import node_sites, weights_between
 from conftest import read
 from model import GPT, LOCATIONS, NODE_LOCATIONS, AbsTopK, GPTConfig
 
@@ -201,7 +201,7 @@ def random_record(model, encoding, seed=0):
         "results": {"circuit": {"accuracy": 0.637}, "whole": {"accuracy": 1.0}},
         "curve": [[9, 20, 0.1]], "table": [["whole <i>model</i>", "0.1", "90%", "9", "9", ""]],
         "caveats": "None."}
-    record["edges"] = [edge[:4] for edge in page.weights_of(model, record) if rng.random() < 0.5]
+    record["edges"] = [edge[:4] for edge in weights_between(model, record["nodes"]) if rng.random() < 0.5]
     record["edge_costs"] = [0.1] * len(record["edges"])
     record["node_costs"] = {f"{site}.{c}": 0.1 for site, channels in nodes.items() for c in channels}
     return record
@@ -291,7 +291,7 @@ def test_the_model_in_the_page_is_the_model(name, browser, encoding, tmp_path):
     page.write(record, model, random_data(encoding), path)
     browser.open(path)
     assert browser.complaints() == []
-    needed, between = {tuple(edge) for edge in record["edges"]}, page.weights_of(model, record)
+    needed, between = {tuple(edge) for edge in record["edges"]}, weights_between(model, record["nodes"])
     cases, addresses = [], []
     for text, mode in itertools.product(texts_of(rng, encoding, 60), ("whole", "circuit", "without")):
         nodes = [f"{site}.{rng.choice(channels)}" for site, channels in record["nodes"].items()]
@@ -398,7 +398,7 @@ def test_the_loss_over_all_contexts(opened, browser, encoding):
     browser.wait_for("Boolean(document.documentElement.dataset.measured)")
     found = json.loads(browser.run("document.documentElement.dataset.measured"))
     model, tokens = random_model(encoding, n_layer=1), random_data(encoding).val
-    cut = {tuple(edge[:4]) for edge in page.weights_of(model, record)}
+    cut = {tuple(edge[:4]) for edge in weights_between(model, record["nodes"])}
     cut -= {tuple(edge) for edge in record["edges"]}
     losses = []
     for side, positions in enumerate(record["contexts"]["positions"]):
