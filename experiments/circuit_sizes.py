@@ -59,8 +59,9 @@ SEEDS = (1337, 1, 2)
 # of width 64 ends at the loss of the sparse one of width 256
 GRID = {64: ("1",), 128: ("1", "1/4", "1/16", "1/32"), 256: ("1", "1/4", "1/16", "1/64"),
         512: ("1", "1/4", "1/16", "1/64")}
-# a step has the config's 32 windows, in one pass: half the launches
-TRAINING = "--batch_size=32 --gradient_accumulation_steps=1 --eval_iters=30 --dtype=float32 --compile=False"
+# a step has the config's 32 windows, in one pass: half the launches. The paper's models have no positions
+TRAINING = ("--batch_size=32 --gradient_accumulation_steps=1 --eval_iters=30 --dtype=float32 --compile=False "
+            "--use_positional_embeddings=False")
 TASKS = ("quotes", "quotes_comma", "single_double_quote", "string_end", "fstring_brace")
 MORE_TASKS = ("for_if", "braces", "brackets_comma")  # which take their turn after all else
 # models that differ from the sparse one in one choice, whose circuits of one task are compared
