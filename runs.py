@@ -347,10 +347,15 @@ def load_run(out_dir, name):
     return checkpoint, model, data
 
 
-def load_start(init_from):
-    """The model in an out_dir, a checkpoint or a released model's folder; the path of its tokenizer.json."""
-    path = init_from if os.path.isfile(init_from) else os.path.join(init_from, "ckpt.pt")
+def load_start(init_from, name=None):
+    """The model in an out_dir, a checkpoint or a released model's folder; the path of its tokenizer.json.
+
+    `name`, if given, is that of the checkpoint in an out_dir.
+    """
+    path = init_from if os.path.isfile(init_from) else os.path.join(init_from, name or "ckpt.pt")
     tokenizer = tokenizer_in(os.path.dirname(path))
+    if name and not (os.path.isfile(path) and os.path.isdir(init_from)):
+        fail(f"checkpoint={name} names a file in an out_dir, and {path} is none: leave it out, or check it")
     if os.path.isfile(path):
         return model_of(load_checkpoint(path)), tokenizer
     try:
