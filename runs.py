@@ -419,10 +419,13 @@ def load_checkpoint(path):
     strange = [name for name, kind in (ENTRIES | NEWER).items()
                if name in checkpoint and not isinstance(checkpoint[name], kind)]
     if not strange:
-        numbers = [part.get("tokens") for part in checkpoint.get("data", {}).values() if type(part) is dict]
+        parts = checkpoint.get("data", {"train": {"tokens": 0}, "val": {"tokens": 0}})
         strange = [name for name, is_right in (
-            ("step", checkpoint["step"] >= 0), ("data", [type(n) for n in numbers] in ([], [int, int])),
-            ("settings", type(checkpoint["settings"].get("dataset")) is str)) if not is_right]
+            ("step", checkpoint["step"] >= 0),
+            ("settings", type(checkpoint["settings"].get("dataset")) is str),
+            ("data", parts.keys() == {"train", "val"} and all(
+                type(part) is dict and type(part.get("tokens")) is int for part in parts.values())),
+        ) if not is_right]
     if strange:
         fail(f"{path} is no checkpoint of train.py (its {strange[0]} is none): choose another")
     return checkpoint
