@@ -64,10 +64,13 @@ def is_gone(error):
     return error.errno in (errno.EPIPE, errno.EIO)
 
 
-def check_output():
-    """End the script if standard output takes no more: silently if its reader has gone, as `| head` does."""
+def check_output(after_error=False):
+    """End the script if standard output takes no more: silently if its reader has gone, as `| head` does.
+
+    After an error, which may have been of standard output or of any file, a new line shows which it was.
+    """
     try:
-        sys.stdout.flush()
+        print(end="\n" if after_error else "", flush=True)
     except OSError as e:
         lose_output()
         if is_gone(e):
@@ -87,7 +90,7 @@ def ends_explained(out_of_memory="take a smaller model, or more memory"):
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except OSError:
-        check_output()
+        check_output(after_error=True)
         raise
     except (MemoryError, RuntimeError, ValueError) as e:
         if not isinstance(e, MemoryError) and not re.search(

@@ -359,7 +359,7 @@ def main(argv=None):
                 os.close(lock)
             clean_up(target)
     except OSError as e:
-        check_output()  # of which it may be
+        check_output(after_error=True)
         fail(f"cannot write {target}: {e.strerror or one_line(e)}")
     except ImportError as e:
         if isinstance(e, ModuleNotFoundError) or "unknown location" in str(e):
