@@ -11,6 +11,7 @@ import os
 import torch
 
 from circuits.nodes import matrices
+from circuits.search import apply_fit
 from configurator import configure, fail
 from figures import new_figure, save
 from tokenizer import spell
@@ -97,9 +98,9 @@ def extremes(nodes, contexts, gates, kept, activations, tokenizer):
     return found
 
 
-def examples_of(nodes, gates, contexts, kept, tokenizer):
+def examples_of(nodes, gates, contexts, kept, tokenizer, fit):
     """For each answer contexts that the circuit is as sure of as of half of them: a list of dicts."""
-    logits = nodes.judge(contexts, gates)
+    logits = apply_fit(nodes.judge(contexts, gates), contexts.sides(), *fit)
     margins, heads, found = logits[:, 0] - logits[:, 1], nodes.kept_heads(gates), []
     for side in (1, -1):
         rows = (contexts.sides() == side).nonzero()[:, 0]
@@ -119,7 +120,7 @@ def examples_of(nodes, gates, contexts, kept, tokenizer):
 
 
 @torch.no_grad()
-def describe(nodes, gates, contexts, tokenizer):
+def describe(nodes, gates, contexts, tokenizer, fit=(1.0, 0.0)):
     """All that `draw` needs of a circuit besides its size and loss: a dict that JSON can hold."""
     model, kept = nodes.model, nodes.kept(gates)
     edges, number = edges_of(nodes, gates, kept)
@@ -138,7 +139,7 @@ def describe(nodes, gates, contexts, tokenizer):
             "answer_edges": [[site, c, i, unembedding[t, c].item()] for site in kept if site.endswith("_out")
                              for c in kept[site] for i, t in enumerate(pair) if unembedding[t, c] != 0],
             "extremes": extremes(nodes, contexts, gates, kept, inside, tokenizer),
-            "examples": examples_of(nodes, gates, contexts, kept, tokenizer)}
+            "examples": examples_of(nodes, gates, contexts, kept, tokenizer, fit)}
 
 
 # ----------------------------------------------------------------------------------------------------------

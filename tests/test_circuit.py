@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-import circuit
 from circuits import controls as asked
 from circuits import picture, search
 from circuits.nodes import Contexts, Nodes, count, means_over, node_sites, survival
@@ -219,11 +218,11 @@ def test_random_order_leaves_the_last_token_where_it_is():
 def test_the_straight_through_gate_is_a_step_with_a_sigmoids_slope():
     """Exactly 0 or 1 forward."""
     tau = torch.linspace(-1, 1, 101, requires_grad=True)
-    gates = circuit.heaviside(tau)
+    gates = search.heaviside(tau, 0.3)
     gates.sum().backward()
     assert torch.equal(gates, (tau > 0).float())
-    s = 1 / (1 + np.exp(-tau.detach().numpy() / circuit.temperature))
-    np.testing.assert_allclose(tau.grad, s * (1 - s) / circuit.temperature, rtol=1e-4)
+    s = 1 / (1 + np.exp(-tau.detach().numpy() / 0.3))
+    np.testing.assert_allclose(tau.grad, s * (1 - s) / 0.3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("good, expected", [
@@ -242,22 +241,20 @@ def test_the_fewest_nodes_are_found_where_the_loss_is_not_monotone(good, expecte
         calls.append(size)
         return 0.1 if size in good else 0.5
 
-    size, seen = circuit.fewest(loss_at, 100, 0.15)
+    size, seen = search.fewest(loss_at, 100, 0.15)
     assert size == expected and len(calls) == len(set(calls)) == len(seen) < 30
 
 
-def found_in(model, monkeypatch, contexts=None):
+def found_in(model, contexts=None, fit=True):
     """What the search finds, on contexts to learn on and others to choose the size on."""
-    for name, value in {"penalties": "1e-2", "mask_seeds": 2, "steps": 150}.items():
-        monkeypatch.setattr(circuit, name, value)
-    nodes = nodes_of(model)
+    nodes, how = nodes_of(model), search.Search((1e-2,), mask_seeds=2, steps=150, fit=fit)
     learning, choosing = contexts or (some_contexts(512), some_contexts(64, seed=1))
-    return nodes, circuit.search(nodes, learning, choosing, 0.15, "a task")
+    return nodes, search.find(nodes, learning, choosing, 0.15, how, "a task")
 
 
-def test_a_known_circuit_is_found_exactly(known, monkeypatch):
+def test_a_known_circuit_is_found_exactly(known):
     """Its five nodes and three edges, by every seed: it does the task, and without it nothing is left."""
-    nodes, runs = found_in(known, monkeypatch)
+    nodes, runs = found_in(known)
     judging = some_contexts(64, seed=2)
     assert [nodes.kept(found["gates"]) for found in runs] == [KNOWN] * 2
     gates = runs[0]["gates"]
@@ -271,22 +268,21 @@ def test_a_known_circuit_is_found_exactly(known, monkeypatch):
     assert (key["site"], value["site"], value["channels"]) == ("0.attn.attn_k", "0.attn.attn_v", [0])
     assert key["attention"] > 0.9 and key["attention_removed"] < 0.3
     assert value["reversed_in_circuit"]["accuracy"] < 0.1  # it answers the other way round
-    assert circuit.seeds_agree(nodes, runs, runs[0])["overlaps"] == [1.0]
+    assert asked.seeds_agree(nodes, runs, runs[0])["overlaps"] == [1.0]
 
 
-def test_masks_learned_together_are_those_learned_alone(known, monkeypatch):
+def test_masks_learned_together_are_those_learned_alone(known):
     """Each trial has the contexts, the penalty and the clipped gradient that it has by itself."""
-    monkeypatch.setattr(circuit, "steps", 20)
-    nodes, contexts = nodes_of(known), some_contexts(512)
+    nodes, contexts, how = nodes_of(known), some_contexts(512), search.Search(steps=20)
     trials = [(1e-3, 0), (30.0, 1), (3e-2, 0)]  # of the second the gradient is clipped
-    together = circuit.learn_masks(nodes, contexts, trials)
+    together = search.learn_masks(nodes, contexts, trials, how)
     for trial, tau in zip(trials, together, strict=True):
-        torch.testing.assert_close(circuit.learn_masks(nodes, contexts, [trial])[0], tau)
+        torch.testing.assert_close(search.learn_masks(nodes, contexts, [trial], how)[0], tau)
     assert not torch.allclose(together[0], together[2])
 
 
 @pytest.mark.parametrize("destroy", [asked.drawn_anew, asked.shuffled_weights])
-def test_a_destroyed_model_has_no_circuit(known, destroy, monkeypatch):
+def test_a_destroyed_model_has_no_circuit(known, destroy):
     """No seed reaches the target when the weights are drawn anew, or shuffled within their matrices."""
     before = {name: p.clone() for name, p in known.named_parameters()}
     other = destroy(known, seed=3)
@@ -294,14 +290,14 @@ def test_a_destroyed_model_has_no_circuit(known, destroy, monkeypatch):
     if destroy is asked.shuffled_weights:
         for name, p, _ in other.sparse_parameters():
             assert torch.equal(p.flatten().sort().values, before[name].flatten().sort().values)
-    _, runs = found_in(other, monkeypatch)
+    _, runs = found_in(other)
     assert [found["nodes"] for found in runs] == [None] * 2
 
 
-def test_shuffled_labels_have_no_circuit(known, monkeypatch):
+def test_shuffled_labels_have_no_circuit(known):
     """No seed reaches the target when right and wrong are drawn by lot."""
     contexts = [asked.shuffled_labels(c, 5) for c in (some_contexts(512), some_contexts(64, seed=1))]
-    _, runs = found_in(known, monkeypatch, contexts)
+    _, runs = found_in(known, contexts)
     assert [found["nodes"] for found in runs] == [None] * 2
 
 
@@ -328,7 +324,7 @@ def test_removing_an_edge_is_what_editing_the_weight_does(sinks):
     torch.testing.assert_close(both, torch.cat([whole[:3], removed[3:]]))
     assert not torch.allclose(whole, removed, atol=1e-4)
     lone = torch.zeros(nodes.number)
-    torch.testing.assert_close(nodes.logits(contexts, lone), Nodes(model, nodes.means, nodes.reads).logits(
+    torch.testing.assert_close(nodes.logits(contexts, lone), nodes.with_edges(()).logits(
         contexts, torch.zeros(nodes.nodes)))
 
     means, reads = plain_means(model, some_tokens(5, 8))
@@ -362,12 +358,12 @@ def test_what_is_not_needed_is_removed(known):
     gates = gates_of(nodes, KNOWN)
     gates[torch.randperm(nodes.number, generator=torch.Generator().manual_seed(1))[:30]] = 1
     before = count(nodes, gates)
-    inside, needed, path = search.needed(nodes, gates, contexts, 0.15, fitted=False)
+    inside, needed, path = search.needed(nodes, gates, contexts, 0.15, fit=False)
     assert before["nodes"] > 25 and before["weights"] > 20
     assert inside.kept(needed) == KNOWN and len(inside.edges_in(needed)) == 3
     assert path[0][:2] == [before["nodes"], before["edges"]] and path[-1][:2] == [5, 3]
     assert all(loss <= 0.15 for *_, loss in path[1:])
-    assert search.loss_at(inside, contexts, needed, fitted=False) == path[-1][2]
+    assert search.loss_at(inside, contexts, needed, fit=False) == path[-1][2]
     assert count(inside, needed)["edges"] == 3
 
 
@@ -375,7 +371,7 @@ def test_a_circuit_loses_edges_though_its_nodes_stay(known):
     """An idle weight between two nodes that are needed is removed, and both numbers are counted."""
     known.transformer.h[0].attn.c_attn.weight[16, 3] = 1e-3  # value 0 reads channel 3 too, hardly
     nodes, contexts = nodes_of(known), some_contexts(64, seed=1)
-    inside, gates, _ = search.needed(nodes, gates_of(nodes, KNOWN), contexts, 0.15, fitted=False)
+    inside, gates, _ = search.needed(nodes, gates_of(nodes, KNOWN), contexts, 0.15, fit=False)
     assert (count(inside, gates)["weights"], count(inside, gates)["edges"]) == (4, 3)
     assert ("0.attn.attn_in", 3, "0.attn.attn_v", 0) not in [edge[:4] for edge in inside.edges_in(gates)]
 
@@ -393,10 +389,10 @@ def test_the_fit_is_the_best_of_a_grid(scale, shift):
         fitted = search.apply_fit(logits, sides, s, t)
         return ((1 - wrong) * search.loss_of(fitted) + wrong * search.loss_of(fitted.flip(1))).mean().item()
 
-    s, t = search.fit(logits, sides)
+    s, t = search.fit_of(logits, sides)
     assert all(loss(s, t) <= loss(s + ds, t + dt) + 1e-9
                for ds in (-0.02, 0, 0.02) for dt in (-0.05, 0, 0.05))
-    assert search.fit(-100 * logits.abs() @ torch.tensor([[1.0, 0], [0, 0]]), sides) == (0.0, 0.0)
+    assert search.fit_of(-100 * logits.abs() @ torch.tensor([[1.0, 0], [0, 0]]), sides) == (0.0, 0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -523,7 +519,7 @@ def test_a_circuit_can_be_computed_again_from_its_file(task, capsys):
     assert loss_with_hooks(record) == (pytest.approx(results["circuit"]["loss"], rel=1e-4), 40)
     assert {"whole", "circuit", "without", "nothing", "random_order", "bigram_table", "last_token",
             "labels_shuffled", "weights_drawn_anew"} <= results.keys()
-    assert list(results["beyond"]) == ["random order", "another.json", "ordinary text"]
+    assert list(results["beyond"]) == ["random order", "another", "ordinary text"]
     # not all: a share of few contexts may be the same by chance, as with torch 2.6
     assert any(x["circuit"] != x["nothing"] for x in results["beyond"].values())
     assert sum(len(channels) for channels in record["nodes"].values()) == results["circuit"]["nodes"]
@@ -559,8 +555,8 @@ def test_a_task_of_templates(task, monkeypatch):
     """Prompts to learn on, held-out ones to judge by; each answer is right as often, also in a part."""
     prompts = [[f"{'xy'[i % 3 > 0]}{i:03} is ", *("ab", "ba")[i % 3 > 0]] for i in range(150)]
     task(prompts=prompts[:96], held_out=prompts[96:], target_loss=5.0)
-    seen, search = [], circuit.search
-    monkeypatch.setattr(circuit, "search", lambda *args: seen.append(args[1:3]) or search(*args))
+    seen, find = [], search.find
+    monkeypatch.setattr(search, "find", lambda *args: seen.append(args[1:3]) or find(*args))
     record = circuit_of_task()
     assert [len(ids) for ids in record["contexts"]["ids"]] == [18, 18]
     assert [(len(part), int(part.sides().sum())) for part in seen[0]] == [(44, 0), (20, 0)]
@@ -605,10 +601,13 @@ def test_shipped_tasks_are_well_formed():
     ({"answers": ["r", "Z"]}, "", ["train has 0 contexts", "'Z'"]),
     ({"answers": ["r", "t"], "contains": "nowhere"}, "", ["train has 0 contexts"]),
     ({"answers": ["r", "r"]}, "", ["is no task"]),
-    ({"answers": "r"}, "", ["is no task"]),
+    ({"answers": "rt"}, "", ["is no task", "a list of two answers"]),
+    ({"answers": ["r", "t"], "contians": "e"}, "", ["is no task", "'contians'"]),
+    ({"answers": ["r", "t"], "target_los": 1}, "", ["is no task", "'target_los'"]),
+    ({"answers": ["r", "t"], "prompts": []}, "", ["is no task", "'prompts'"]),
     ({"answers": ["r", ""]}, "", ["''", "0 tokens"]),
     ({"answers": ["r", "t"], "target_loss": "low"}, "", ["is no task"]),
-    ({"answers": ["r", "t"], "beyond": ["nowhere"]}, "", ["no task tasks/nowhere.json"]),
+    ({"answers": ["r", "t"], "beyond": ["nowhere"]}, "", ["no task", "tasks/nowhere.json"]),
     ({"prompts": [["a", "b"]], "held_out": []}, "", ["is no task"]),
     ({"prompts": [["a", "b", "b"]], "held_out": []}, "", ["two different answers"]),
     ({"prompts": [["a", "b", "c"]], "held_out": [["a", "b", "c"]]}, "", ["held-out prompts that are not"]),
@@ -619,9 +618,12 @@ def test_shipped_tasks_are_well_formed():
      ["a prompt", "window of 16"]),
     ({"answers": ["r", "t"]}, "--ablation=median", ["mean or zero"]),
     ({"answers": ["r", "t"]}, "--penalties=some", ["penalties='some'"]),
+    ({"answers": ["r", "t"]}, "--penalties=nan", ["penalties='nan'"]),
+    ({"answers": ["r", "t"]}, "--penalties=1e-3,-1", ["of at least 0"]),
+    ({"answers": ["r", "t"]}, "--unseen=nothing", ["no data in data/nothing"]),
     ({"answers": ["r", "t"]}, "--steps=0", ["steps=0"]),
     ({"answers": ["r", "t"]}, "--out_dir=nowhere", ["no checkpoint"]),
-    ({"answers": ["r", "t"]}, "--task=nothing", ["no task tasks/nothing.json"]),
+    ({"answers": ["r", "t"]}, "--task=nothing", ["no task", "tasks/nothing.json"]),
 ], ids=str)
 def test_bad_input_to_circuit_is_one_line(task, capsys, spec, flags, words):
     """It says what is wrong, and nothing is written."""
