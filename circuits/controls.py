@@ -156,7 +156,7 @@ def rest_otherwise(nodes, gates, contexts, text, fit, seed):
     """
     generator, found = torch.Generator().manual_seed(seed), {}
     n = len(contexts)
-    shifted = (torch.arange(n) + torch.randint(1, n, (1,), generator=generator)) % n
+    shifted = (torch.arange(n) + torch.randint(1, n, (n,), generator=generator)) % n  # never its own
     others = contexts[shifted.to(nodes.device)]
     rows = torch.randint(len(text), (n,), generator=generator).to(nodes.device)
     texts = replace(contexts, idx=text.idx[rows, -contexts.idx.size(1):])

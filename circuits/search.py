@@ -17,7 +17,7 @@ from configurator import fail
 
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # penalties to look among
 FIRST = 1e-2  # of these
-STABLE = 1.2  # times the fewest nodes: of the penalties that come as near, the least depends less on luck
+STABLE = 1.1  # times the fewest nodes: of the penalties that come as near, the least depends less on luck
 AROUND = 8  # sizes below that of the bisection that are tried too
 MEASURED = 16  # candidates of least estimated cost that are tried one by one, before some go together
 QUICKLY = 128  # contexts on which they are tried; what is removed is tried on all
