@@ -412,7 +412,7 @@ def test_the_first_sentences_say_how_often_the_circuit_is_right(opened, browser)
     """And how often the whole model is, from the record."""
     browser.open(opened[0])
     said = browser.run("document.getElementById('summary').textContent")
-    assert "right in 63.7% of the task's contexts, the whole model in 100.0%" in said
+    assert "right in 63.7% of the task's contexts; the whole model in 100.0%" in said
 
 
 def test_text_is_never_a_program(opened, browser):
