@@ -5,14 +5,14 @@
 circuit.py calls `describe` for what is drawn, which it keeps in circuit.json, and `draw`. A node that reads
 the residual stream stands beside the tokens that write most to its channel. The legend says the rest.
 """
-import json
 import os
 
 import torch
 
+from circuits.loaded import record_at
 from circuits.nodes import matrices
 from circuits.search import apply_fit
-from configurator import configure, fail
+from configurator import configure
 from figures import new_figure, save
 from tokenizer import spell
 
@@ -323,12 +323,8 @@ def draw(record, path):
 
 def main():
     configure(globals())
-    try:
-        with open(circuit, encoding="utf-8") as f:
-            record = json.load(f)
+    with record_at(circuit) as record:
         draw(record, image or os.path.join(os.path.dirname(circuit), "circuit.png"))
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        fail(f"cannot draw circuit={circuit!r} ({type(e).__name__}: {e}): give a circuit.json of circuit.py")
 
 
 if __name__ == "__main__":
