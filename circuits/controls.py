@@ -1,7 +1,8 @@
 """The controls of a circuit: what a sceptic asks, as functions that circuit.py calls, and their table.
 
-Results are dicts: loss and accuracy of the choice between two answers, nodes and edges. At the end, for
-searches of their own: models and labels with what was learned destroyed.
+Results are dicts: loss and accuracy of the choice between two answers, nodes and edges. `fit`, a pair, is
+the scale and the shift that go with a circuit. Then, for searches of their own, models and labels with what
+was learned destroyed; and the table.
 """
 from dataclasses import replace
 
@@ -9,12 +10,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from circuits.nodes import count
-from circuits.search import apply_fit, fit, loss_of
+from circuits.nodes import count, hooks, survival
+from circuits.search import apply_fit, find, fit_of, loss_at, loss_of
+from configurator import fail
 from model import GPT
+from tokenizer import spell
 
 DRAWS = 5  # of random nodes
 GIVEN_BACK = (0.1, 0.25, 0.5, 0.75)  # shares of the ablated nodes
+LARGE = 0.1  # a circuit with a larger share of all nodes explains little
 
 # ----------------------------------------------------------------------------------------------------------
 # results
@@ -29,7 +33,7 @@ def result(logits):
 
 def fitted(nodes, gates, choosing, judging):
     """The result when the logits are scaled, and one answer's shifted, to do best on train."""
-    scale, shift = fit(nodes.judge(choosing, gates), choosing.sides())
+    scale, shift = fit_of(nodes.judge(choosing, gates), choosing.sides())
     return result(apply_fit(nodes.judge(judging, gates), judging.sides(), scale, shift))
 
 
@@ -79,11 +83,13 @@ def random_draws(nodes, gates, contexts, seed):
             [result(nodes.judge(contexts, g)) | count(nodes, g) for g in map(nodes.others, drawn)])
 
 
-def agreement(nodes, gates, contexts):
-    """How often the whole model chooses the same answer, right or wrong; the correlation of how much the
-    answer of the lower id is preferred, 0 if one of the two does not vary; how often either is right."""
-    whole, inside = (contexts.sides() * (c[:, 0] - c[:, 1]) for c in
-                     (nodes.judge(contexts, torch.ones_like(gates)), nodes.judge(contexts, gates)))
+def agreement(nodes, gates, contexts, fit=(1.0, 0.0)):
+    """How often the whole model chooses the same answer, right or wrong, as the circuit with its `fit`; the
+    correlation of how much the answer of the lower id is preferred, 0 if one of the two does not vary; how
+    often either is right."""
+    whole, inside = (contexts.sides() * (c[:, 0] - c[:, 1]) for c in (
+        nodes.judge(contexts, torch.ones_like(gates)),
+        apply_fit(nodes.judge(contexts, gates), contexts.sides(), *fit)))
     right = contexts.sides() > 0
     return {"right": ((inside > 0) == right).float().mean().item(),
             "whole_right": ((whole > 0) == right).float().mean().item(),
@@ -105,8 +111,9 @@ def attention_kept(nodes, gates, contexts):
     return found
 
 
-def faithfulness(nodes, gates, contexts, seed):
-    """Whether the circuit errs where the whole model errs, and gets better as nodes are given back to it."""
+def faithfulness(nodes, gates, contexts, seed, fit=(1.0, 0.0)):
+    """Whether the circuit with its `fit` errs where the whole model errs, and, without it, gets better as
+    nodes are given back."""
     off = (gates[:nodes.nodes] == 0).nonzero()[:, 0]
     generator, losses = torch.Generator().manual_seed(seed), {share: [] for share in GIVEN_BACK}
     for _ in range(DRAWS):
@@ -115,16 +122,160 @@ def faithfulness(nodes, gates, contexts, seed):
             more = gates.clone()
             more[order[:int(share * len(off))]] = 1
             losses[share].append(loss_of(nodes.judge(contexts, more)).mean().item())
-    return agreement(nodes, gates, contexts) | {
+    return agreement(nodes, gates, contexts, fit) | {
         "attention": attention_kept(nodes, gates, contexts),
         "given_back": {str(share): values for share, values in losses.items()}}
 
 
-def interventions(nodes, gates, contexts):
+def first_of_all(nodes, gates, contexts):
+    """In what share of the contexts the right answer has the largest logit of the whole vocabulary."""
+    right = [nodes.next_logits(batch, gates).argmax(1) == batch.answers[:, 0]
+             for batch in contexts.batches()]
+    return torch.cat(right).float().mean().item()
+
+
+def simple_rules(contexts, tokenizer):
+    """How often rules are right that need no model: the answer whose first character is the more frequent in
+    the context, and the one whose first character came last. Empty if the answers begin alike."""
+    right = {"is more frequent": [], "came last": []}
+    for row, last in enumerate(contexts.last.tolist()):
+        text = tokenizer.decode(contexts.idx[row, :last + 1].tolist())
+        good, bad = (tokenizer.decode([i]).lstrip()[:1] for i in contexts.answers[row].tolist())
+        if good == bad:
+            return {}
+        for rule, of in (("is more frequent", text.count), ("came last", text.rfind)):
+            right[rule].append((np.sign(of(good) - of(bad)) + 1) / 2)  # a tie is half right
+    return {rule: float(np.mean(found)) for rule, found in right.items()}
+
+
+@torch.no_grad()
+def rest_otherwise(nodes, gates, contexts, text, fit, seed):
+    """Results of the circuit when what is outside it is not at its mean: name -> result.
+
+    At zero; at what it is in another context of the task, at the same position; in any `text` (Contexts as
+    long); in another context that is drawn anew for each node and each token. Removed edges stay removed.
+    """
+    generator, found = torch.Generator().manual_seed(seed), {}
+    n = len(contexts)
+    shifted = (torch.arange(n) + torch.randint(1, n, (n,), generator=generator)) % n  # never its own
+    others = contexts[shifted.to(nodes.device)]
+    rows = torch.randint(len(text), (n,), generator=generator).to(nodes.device)
+    texts = replace(contexts, idx=text.idx[rows, -contexts.idx.size(1):])
+
+    def judge(donors=None, mixed=False):
+        logits = []
+        for rows in torch.arange(n, device=nodes.device).split(64):
+            values = {site: torch.zeros_like(x) for site, x in nodes.ablated.items()}
+            if donors:
+                nodes.logits(donors[rows], torch.ones_like(gates), watch=values.__setitem__)
+            if mixed:
+                values = {site: x.gather(0, torch.randint(len(x), x.shape, generator=generator).to(x.device))
+                          for site, x in values.items()}
+            logits.append(nodes.logits(contexts[rows], gates, instead=values))
+        return result(apply_fit(torch.cat(logits), contexts.sides(), *fit))
+
+    found["at zero"] = judge()
+    found["as in another context of the task"] = judge(others)
+    found["as in any text"] = judge(texts)
+    found["from another context for each node and token"] = judge(others, mixed=True)
+    return found
+
+
+def random_edges(nodes, gates, contexts, seed):
+    """Results of as many random edges, with all the nodes that they join, as a circuit: a list."""
+    generator, whole, drawn = torch.Generator().manual_seed(seed), nodes.with_edges(()), []
+    every = whole.edges_in(torch.ones(nodes.nodes, device=nodes.device))
+    number = count(nodes, gates)["edges"]
+    for _ in range(DRAWS if number else 0):
+        edges = [every[i][:4] for i in torch.randperm(len(every), generator=generator)[:number]]
+        kept = torch.zeros(nodes.nodes, device=nodes.device)
+        for a, i, b, o in edges:
+            kept[[nodes.places[a] + i, nodes.places[b] + o]] = 1
+        inside = whole.with_edges([edge[:4] for edge in whole.edges_in(kept)])
+        kept = torch.cat([kept, kept.new_tensor([edge in edges for edge in inside.edges])])
+        drawn.append(result(inside.judge(contexts, kept)) | count(inside, kept))
+    return drawn
+
+
+def embedding_weights(nodes, gates, contexts):
+    """Nonzero weights of the embedding, of tokens that occur in the contexts, at channels that kept nodes
+    read; and of the unembedding, of the answers, at channels that they write."""
+    kept, number = nodes.kept(gates), {}
+    model = nodes.model
+    tokens = [contexts.idx[row, :last + 1] for row, last in enumerate(contexts.last.tolist())]
+    for key, weight, ids, end in (
+            ("embedding_of_tokens", model.transformer.wte.weight, torch.cat(tokens).unique(), "_in"),
+            ("unembedding_of_answers", model.lm_head.weight, contexts.answers.unique(), "_out")):
+        channels = sorted({c for site, of in kept.items() if site.endswith(end) for c in of})
+        number[key] = int(weight[ids][:, channels].count_nonzero())
+    return number
+
+
+FARTHEST = (2, 4, 8, 16, 32, 64, 2**30)  # tokens back: the steps in which attention by distance is told
+LISTED, LITTLE = 8, 0.01  # tokens of a head; what adds less than this share of the most is left out
+
+
+@torch.no_grad()
+def heads_of(nodes, gates, contexts, tokenizer):
+    """'block.head' of each head with a kept value -> what it finds in the circuit: a dict.
+
+    "tokens": rows [token, attention, [value of each kept channel], what one unit of attention to it adds to
+    the logit of the answer of lower id less that of the other, number of contexts], of those tokens that
+    add most in all. What it adds is the direct path: value, kept weights out, norm, unembedding. "distance":
+    [tokens back, mean attention to the first of these tokens], up to that distance from the one before.
+    """
+    inside, model, found = nodes.activations(contexts, gates), nodes.model, {}
+    real = torch.arange(contexts.idx.size(1), device=nodes.device) <= contexts.last[:, None]
+    back = (contexts.last[:, None] - torch.arange(contexts.idx.size(1), device=nodes.device))[real]
+    first, second = contexts.answers[0].sort().values
+    toward = model.transformer.ln_f.weight * (model.lm_head.weight[first] - model.lm_head.weight[second])
+    if model.config.use_rms_norm:
+        toward = toward / final_rms(nodes, gates, contexts)
+    ids, which, times = contexts.idx[real].unique(return_inverse=True, return_counts=True)
+    edges = nodes.edges_in(gates)
+    for block, head in nodes.kept_heads(gates):
+        site, d_head = f"{block}.attn.attn_v", model.config.d_head
+        channels = [c for c in nodes.kept(gates).get(site, ()) if c // d_head == head]
+        if not channels:
+            continue
+        attention = nodes.attention(contexts, gates, block)[:, head][real]
+        adds = sum((weight * toward[o] * inside[site][:, c] for a, c, _, o, weight in edges
+                    if a == site and c in channels), torch.zeros_like(attention))
+
+        def mean(x):
+            return x.new_zeros(len(ids)).index_add_(0, which, x) / times
+
+        share, added, values = mean(attention), mean(adds), [mean(inside[site][:, c]) for c in channels]
+        in_all = (share * added * times).abs()
+        top = [i for i in in_all.argsort(descending=True)[:LISTED].tolist()
+               if in_all[i] >= LITTLE * in_all.max()]
+        listed = torch.isin(which, torch.tensor(top[:1], device=nodes.device))
+        steps = [(back < far) & (back >= near) & listed
+                 for near, far in zip((0, *FARTHEST), FARTHEST, strict=False)]
+        found[f"{block}.{head}"] = {
+            "channels": channels,
+            "tokens": [[spell(tokenizer, int(ids[i])), share[i].item(), [v[i].item() for v in values],
+                        added[i].item(), int(times[i])] for i in top],
+            "distance": [[far, attention[step].mean().item()]
+                         for far, step in zip(FARTHEST, steps, strict=True) if step.any()]}
+    return found
+
+
+def final_rms(nodes, gates, contexts):
+    """The root mean square of the stream that the last norm sees in the circuit, on average."""
+    seen = []
+    with hooks([(nodes.model.transformer.ln_f, lambda x: seen.append(x.square().mean(-1).sqrt().mean()))],
+               before=True):
+        nodes.judge(contexts, gates)
+    return torch.stack(seen).mean()
+
+
+def interventions(nodes, gates, contexts, fit=(1.0, 0.0)):
     """Results when kept nodes are removed or reversed: for each query, key, value and neuron, and for all
     queries, keys or values of a head together. A list of dicts.
 
-    In the whole model and in the circuit, with the accuracy for either answer, that of the lower id first.
+    In the whole model and in the circuit with its `fit`, with the accuracy for either answer, that of the
+    lower id first.
     For queries and keys also the mean attention of their head, in the whole model, to the token that it
     attends to most when nothing is done.
     """
@@ -147,6 +298,8 @@ def interventions(nodes, gates, contexts):
                     after = before.clone()
                     nodes.split(after)[name][group] = value
                     logits = nodes.judge(contexts, after)
+                    if where == "circuit":
+                        logits = apply_fit(logits, contexts.sides(), *fit)
                     record[f"{what}_in_{where}"] = result(logits) | {"accuracy_of_each": [
                         result(logits[contexts.sides() == side])["accuracy"] for side in (1, -1)]}
                     if where == "whole" and location in ("attn_q", "attn_k"):
@@ -157,6 +310,37 @@ def interventions(nodes, gates, contexts):
                             look.gather(1, top).mean().item() for look in looks)
             found.append(record)
     return found
+
+
+# ----------------------------------------------------------------------------------------------------------
+# before and after a search
+
+
+def check_able(name, nodes, train, choosing, target, fit, seed):
+    """End the script if the whole model does not do the task; warn if it takes no circuit to do it. Returns
+    the whole model's loss on contexts of train."""
+    ones = torch.ones(nodes.number, device=nodes.device)
+    loss, able = loss_at(nodes, choosing, ones, fit), result(nodes.judge(choosing, ones))
+    if loss > target:
+        remedy = (f"it could reach --target_loss={1.25 * loss:.2f}" if 1.25 * loss < 0.6 else
+                  "that is about chance, 0.69: train it further, or choose another task")
+        fail(f"the whole model does not do {name}: its loss is {loss:.3f} (accuracy {able['accuracy']:.1%}) "
+             f"on {len(choosing)} contexts of train, above the target of {target:g}; {remedy}")
+    for rule, known in baselines(nodes, train, choosing, seed).items():
+        if rule in ("last_token", "bigram_table") and known["loss"] <= target:
+            print(f"warning: the {rule.replace('_', ' ')} alone reaches the target, {known['loss']:.3f}: "
+                  "a circuit of this task shows little; choose a lower --target_loss, or another task")
+    return loss
+
+
+def warnings_of(nodes, runs, chosen, gates):
+    """What the reader of the result should know of the search, a line each."""
+    tried = sorted({run["penalty"] for run in runs})
+    if chosen["penalty"] in (tried[0], tried[-1]):
+        yield (f"the best penalty, {chosen['penalty']:g}, is at the edge of those tried, {tried[0]:g} to "
+               f"{tried[-1]:g}: a smaller circuit may lie beyond")
+    if count(nodes, gates)["nodes"] > LARGE * nodes.nodes:
+        yield "the circuit has more than a tenth of all nodes: it explains little"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -190,6 +374,77 @@ def shuffled_labels(contexts, seed):
     return replace(contexts, answers=torch.where(exchange, contexts.answers.flip(1), contexts.answers))
 
 
+def exchanged(contexts):
+    """The same contexts, the two answers of each exchanged: consistent, and nonsense."""
+    return replace(contexts, answers=contexts.answers.flip(1))
+
+
+def asked_after(others, contexts):
+    """The contexts of another task with the answers of this one, the right one where the other task's right
+    one has the lower id: consistent, and nothing that the model has learned."""
+    pair = contexts.answers[0].sort().values
+    lower = (others.sides() > 0)[:, None]
+    return replace(others, answers=torch.where(lower, pair, pair.flip(0)), positions=None)
+
+
+def search_again(name, nodes, sets, target, how, trials):
+    """The search with something of it destroyed: how many of its runs reach the target, and the best.
+    `sets`: contexts to learn on, to choose the size on, to judge by; `trials` and `how` as in `find`."""
+    learning, choosing, judging = sets
+    runs = find(nodes, learning, choosing, target, how, name, trials)
+    best = min(runs, key=lambda run: (run["nodes"] or nodes.number + 1, run["lowest_loss"]))
+    return {"reached": sum(run["nodes"] is not None for run in runs), "of": len(runs),
+            "lowest_loss": best["lowest_loss"]} | fitted(nodes, best["gates"], choosing, judging) | count(
+                nodes, best["gates"])
+
+
+def searches(nodes, nodes_of, sets, others, target, how, trials, seed):
+    """All searches with something destroyed: name -> result. `nodes_of` makes Nodes of another model;
+    `others`: three sets of another task, or none."""
+    whole = nodes.with_edges(())
+    labels = {"labels_shuffled": [shuffled_labels(contexts, seed) for contexts in sets],
+              "answers_exchanged": [exchanged(contexts) for contexts in sets]}
+    if others:
+        labels["another_task"] = [asked_after(other, contexts)
+                                  for other, contexts in zip(others, sets, strict=True)]
+    found = {name: search_again(HEADINGS[name], whole, labelled, target, how, trials)
+             for name, labelled in labels.items()}
+    for name, destroy in (("weights_drawn_anew", drawn_anew), ("weights_shuffled", shuffled_weights)):
+        other = nodes_of(destroy(nodes.model, seed))
+        found[name] = search_again(HEADINGS[name], other, sets, target, how, trials)
+    return found
+
+
+def seeds_agree(nodes, runs, chosen):
+    """The sizes that the mask seeds of the chosen penalty end at, and the overlap of their nodes, by pairs:
+    nodes of both over nodes of either."""
+    same = [run for run in runs if run["penalty"] == chosen["penalty"] and run["nodes"]]
+    overlaps = [((a["gates"] * b["gates"]).sum() / (a["gates"] + b["gates"]).clamp(max=1).sum()).item()
+                for i, a in enumerate(same) for b in same[:i]]
+    return {"penalty": chosen["penalty"], "nodes": [run["nodes"] for run in same],
+            "weights": [count(nodes, run["gates"])["edges"] for run in same], "overlaps": overlaps,
+            "failed": sum(run["nodes"] is None for run in runs), "of": len(runs)}
+
+
+def without_searches(nodes, gates, sets, beyond, fit, seed):
+    """All that is asked of a circuit besides its own result, but for the searches: name -> result."""
+    judging, rest = sets[-1], nodes.others(gates)
+    random, without_random = random_draws(nodes, gates, judging, seed)
+    return {
+        "without": result(nodes.judge(judging, rest)) | count(nodes, rest),
+        "without_random": without_random, "random": random,
+        "random_edges": random_edges(nodes, gates, judging, seed),
+        "otherwise": rest_otherwise(nodes, gates, judging, beyond["ordinary text"], fit, seed),
+        "faithfulness": faithfulness(nodes, gates, judging, seed, fit),
+        "beyond": {name: {"circuit": agreement(nodes, gates, contexts, fit),
+                          "nothing": agreement(nodes, 0 * gates, contexts)}
+                   for name, contexts in beyond.items()},
+        "survival": {name: {c: round(x[c].item(), 4) if x[c].isfinite() else None
+                            for c in nodes.kept(gates)[name]}
+                     for name, x in survival(nodes, judging, gates).items() if name in nodes.kept(gates)},
+        "interventions": interventions(nodes, gates, judging, fit)}
+
+
 # ----------------------------------------------------------------------------------------------------------
 # the table
 
@@ -203,14 +458,15 @@ HEADINGS = {
     "found": "nodes that were found", "found_fitted": "  their logits fitted",
     "circuit": "CIRCUIT", "circuit_fitted": "  its logits fitted", "without": "model without the circuit",
     "without_random": "model without random nodes", "random": "random nodes",
-    "weights_drawn_anew": "weights drawn anew", "weights_shuffled": "weights shuffled",
-    "labels_shuffled": "labels shuffled",
+    "random_edges": "random edges", "weights_drawn_anew": "weights drawn anew",
+    "weights_shuffled": "weights shuffled", "labels_shuffled": "labels shuffled",
+    "answers_exchanged": "answers exchanged", "another_task": "after another task's text",
 }
 
 
 def table_of(results):
     """A row of texts for each result of HEADINGS: heading, loss, accuracy, nodes, edges, a note. Of several
-    draws, the range of their losses and accuracies."""
+    draws, the range of their losses and accuracies. Searches are judged with their logits fitted."""
     rows = []
     for key, heading in HEADINGS.items():
         draws = results.get(key, [])
@@ -244,20 +500,42 @@ def print_intervention(record):
               "{attention_removed:.2f}, reversed {attention_reversed:.2f}".format(**record))
 
 
+def print_heads(heads):
+    for head, of in heads.items():
+        print(f"head {head} finds (attention of the last token; values "
+              f"{', '.join(map(str, of['channels']))}; adds to the first answer against the other):")
+        for token, share, values, adds, times in of["tokens"]:
+            print(f"    {token:16}{share:6.2f}   {' '.join(f'{v:+.2f}' for v in values)}   {adds:+.2f}"
+                  f"   in {times} places")
+        print(f"    attention to {of['tokens'][0][0]} by distance: " + ", ".join(
+            f"under {far} back {share:.2f}" if far < 2**30 else f"farther {share:.2f}"
+            for far, share in of["distance"]))
+
+
 def print_rest(results):
     """What is no line of the table."""
     c, w = results["circuit"], results["whole"]
     print(f"\nsize: {c['nodes']:,} of {w['nodes']:,} nodes, {c['edges']:,} of {w['edges']:,} edges "
           f"({c['weights']:,} weights between these nodes); and, "
-          f"not counted in these, {c['biases']} biases, {c['embedding']:,} weights of the embedding and "
-          f"{c['unembedding']:,} of the unembedding")
+          f"not counted in these, {c['biases']} biases, {c['embedding_of_tokens']:,} weights of the "
+          f"embedding of tokens that occur here ({c['embedding']:,} of all tokens) and "
+          f"{c['unembedding_of_answers']} of the unembedding of the answers ({c['unembedding']:,} of all)")
+    ranks = results["first_of_all"]
+    print("of all tokens the right answer is the likeliest in {whole:.1%} of contexts in the whole model, "
+          "in {circuit:.1%} in the circuit".format(**ranks))
+    if results["rules"]:
+        print("rules that need no model, right answers: " + ", ".join(
+            f"whose first character {rule} {share:.1%}" for rule, share in results["rules"].items()))
     seeds = results["seeds"]
     print(f"mask seeds at penalty {seeds['penalty']:g}: {seeds['nodes']} nodes, {seeds['weights']} weights "
           f"between them; "
           f"pairs share {[round(x, 2) for x in seeds['overlaps']]} of their nodes; of all {seeds['of']} "
           f"runs {seeds['failed']} failed")
+    print_heads(results["heads"])
     if "faithfulness" not in results:
         return
+    print("the rest of the model ablated otherwise, with the circuit's fit: " + "; ".join(
+        f"{how} {r['loss']:.3f} ({r['accuracy']:.1%})" for how, r in results["otherwise"].items()))
     same = results["faithfulness"]
     back = ", ".join(f"{float(share):.0%}: {np.mean(losses):.3f} (at most {max(losses):.3f})"
                      for share, losses in same["given_back"].items())

@@ -4,6 +4,7 @@ A node is one channel at one of the eight sites of a block (Gao et al. 2025, sec
 nonzero weight that joins two kept nodes. All of it goes through forward hooks on the modules of the model:
 there is no forward pass here.
 """
+import copy
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -101,23 +102,35 @@ class Nodes:
     """
 
     def __init__(self, model, means, reads, ablation="mean", edges=()):
-        self.model, self.means, self.reads, self.ablation = model, means, reads, ablation
-        self.sites, self.edges = node_sites(model), [tuple(edge) for edge in edges]
+        self.model, self.means, self.sites = model, means, node_sites(model)
         self.ablated, self.mean_reads = (
             {name: x if ablation == "mean" else torch.zeros_like(x) for name, x in values.items()}
             for values in (means, means | reads))
         self.sizes = [len(means[name]) for name in self.sites]
         self.nodes = sum(self.sizes)
-        self.number = self.nodes + len(self.edges)
         self.device = next(model.parameters()).device
         self.places = dict(zip(self.sites, np.cumsum([0, *self.sizes[:-1]]).tolist(), strict=True))
+        self.set_edges(edges)
+
+    def set_edges(self, edges):
+        self.edges = [tuple(edge) for edge in edges]
+        self.number = self.nodes + len(self.edges)
         self.ends = torch.tensor([(self.places[a] + i, self.places[b] + o) for a, i, b, o in self.edges],
                                  dtype=torch.long, device=self.device).view(-1, 2)
         self.by_linear = list(self.edges_by_linear())
 
     def with_edges(self, edges):
         """The same nodes, with gates for these edges."""
-        return Nodes(self.model, self.means, self.reads, self.ablation, edges)
+        other = copy.copy(self)
+        other.set_edges(edges)
+        return other
+
+    def with_value(self, site, channel, value):
+        """The same, but that this node is `value` when it is ablated."""
+        other, values = copy.copy(self), self.ablated[site].clone()
+        values[channel] = value
+        other.ablated = self.ablated | {site: values}
+        return other
 
     def split(self, gates):
         """site -> (..., channels), views of gates (..., number)."""
@@ -177,11 +190,16 @@ class Nodes:
                        for name, channels in self.kept(gates).items() for channel in channels
                        if name.endswith(("attn_q", "attn_k", "attn_v"))})
 
-    def logits(self, contexts, gates, watch=None):
-        """Logits (n, 2) of the right answer and of the other when all nodes and edges pass their gates.
+    def logits(self, contexts, gates, watch=None, instead=None):
+        """Logits (n, 2) of the right answer and of the other when all nodes and edges pass their gates."""
+        return self.next_logits(contexts, gates, watch, instead).gather(1, contexts.answers)
+
+    def next_logits(self, contexts, gates, watch=None, instead=None):
+        """Logits (n, vocab_size) of what comes next when all nodes and edges pass their gates.
 
         Gates may also be m vectors (m, number), for m equal parts of the contexts, in order. `watch`, if
-        given, is called with the name of each site and its gated nodes (n, T or 1, channels).
+        given, is called with the name of each site and its gated nodes (n, T or 1, channels). `instead`, if
+        given, has for each site such a tensor: what its nodes are when ablated, text by text.
         After its scores the last block matters at the last token alone, so all else is cut off there, before
         attention is projected and before the MLP. What they write is added to the stream of all tokens,
         of which only that of the last is right, and read.
@@ -191,10 +209,11 @@ class Nodes:
 
         def gate(name):
             g = parts[name][..., None, None, :]  # alike for all texts of a part, and all positions
+            ablated = (instead or self.ablated)[name]
 
             def pass_gate(x):
                 x = x.unflatten(0, (*gates.shape[:-1], -1))
-                x = (g * x + (1 - g) * self.ablated[name]).flatten(0, gates.dim() - 1)
+                x = (g * x + (1 - g) * ablated).flatten(0, gates.dim() - 1)
                 if watch:
                     watch(name, x)
                 return x
@@ -207,7 +226,7 @@ class Nodes:
                 hooks(self.removals(gates) if self.edges else (), both=True), \
                 hooks([(block.attn.c_proj, last_only), (block.ln_2, last_only)], before=True):
             x = last_only(self.model.residual_stream(contexts.idx))
-        return self.model.unembed(x, contexts.last_tokens())[:, 0].gather(1, contexts.answers)
+        return self.model.unembed(x, contexts.last_tokens())[:, 0]
 
     @torch.no_grad()
     def judge(self, contexts, gates):

@@ -1,12 +1,31 @@
-"""What the search for a circuit is made of, after its masks: the fit of the logits, and what is needed.
+"""The search for a circuit (Gao et al. 2025, sections 2.2 and A.5): nodes by learned masks, then what of
+them, and of the edges between them, is needed.
 
-Learned masks find nodes. An edge then is there if two kept nodes happen to be joined, needed or not:
-`needed` removes edges and nodes, the one whose removal costs least first, while the target loss holds.
+A mask makes an order of the nodes, and the fewest that reach the target loss are a circuit. An edge then is
+there if two kept nodes happen to be joined, needed or not: `needed` removes edges and nodes, the one whose
+removal costs least first, while the target holds. The target is met after a scale and a shift of the logits
+are fitted, as in the paper, unless `fit` is False.
 """
+import time
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
+from circuits.nodes import count
+from configurator import fail
+
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # penalties to look among
+FIRST = 1e-2  # of these
+STABLE = 1.1  # times the fewest nodes: of the penalties that come as near, the least depends less on luck
+AROUND = 8  # sizes below that of the bisection that are tried too
 MEASURED = 16  # candidates of least estimated cost that are tried one by one, before some go together
+QUICKLY = 128  # contexts on which they are tried; what is removed is tried on all
+CANDIDATES, NEAR = 3, 1.3  # so many circuits, of at most so many times the fewest nodes, lose what is idle
+CONSTANT = 1e-4  # a node that varies less than this share of its mean square is folded into the biases
+
+# ----------------------------------------------------------------------------------------------------------
+# the loss, and the fit
 
 
 def loss_of(logits):
@@ -21,7 +40,7 @@ def apply_fit(logits, sides, scale, shift):
 
 
 @torch.no_grad()
-def fit(logits, sides):
+def fit_of(logits, sides):
     """Scale and shift, two floats, with which logits (n, 2) of n contexts do best; sides (n): `apply_fit`.
 
     The paper's A.5 fits them too. It is a logistic regression, solved by Newton's method. Where all contexts
@@ -50,17 +69,158 @@ def fit(logits, sides):
     return (scale, shift) if scale > 0 else (0.0, 0.0)
 
 
-def loss_at(nodes, contexts, gates, fitted=True):
+def loss_at(nodes, contexts, gates, fit=True):
     """Mean loss on `contexts` of the circuit with these gates, its logits fitted on the same contexts."""
     logits = nodes.judge(contexts, gates)
-    if fitted:
-        logits = apply_fit(logits, contexts.sides(), *fit(logits, contexts.sides()))
+    if fit:
+        logits = apply_fit(logits, contexts.sides(), *fit_of(logits, contexts.sides()))
     return loss_of(logits).mean().item()
 
 
-def estimated_costs(nodes, contexts, gates, fitted=True):
+# ----------------------------------------------------------------------------------------------------------
+# nodes, by learned masks
+
+
+@dataclass
+class Search:
+    """The settings of a search, as circuit.py explains them. Without `penalties` it looks for them."""
+
+    penalties: tuple = ()
+    mask_seeds: int = 3
+    steps: int = 300
+    batch_size: int = 32
+    learning_rate: float = 3e-2
+    temperature: float = 0.3
+    start: float = 0.5
+    noise: float = 0.01
+    fit: bool = True
+
+
+def heaviside(tau, temperature):
+    """1 where tau > 0, else 0; backward the derivative of a sigmoid."""
+    soft = torch.sigmoid(tau / temperature)
+    return (tau > 0).float() + (soft - soft.detach())  # what is added is 0
+
+
+def learn_masks(nodes, contexts, trials, how):
+    """The importance tau of each node, in [-1, 1], learned on `contexts`, for each of `trials`, pairs of a
+    penalty and a mask seed: (trials, nodes). `how` is a Search. Trials share their passes through the model
+    and nothing else.
+    """
+    generators = [torch.Generator().manual_seed(mask_seed) for _, mask_seed in trials]
+    tau = torch.stack([how.start + how.noise * torch.randn(nodes.number, generator=g) for g in generators])
+    tau = tau.clamp(-1, 1).to(nodes.device).requires_grad_()
+    penalty = torch.tensor([penalty for penalty, _ in trials], device=nodes.device)
+    optimizer = torch.optim.Adam([tau], betas=(0.9, 0.95))
+    for step in range(how.steps):
+        optimizer.param_groups[0]["lr"] = how.learning_rate * (1 - step / how.steps)
+        rows = torch.cat([torch.randint(len(contexts), (how.batch_size,), generator=g) for g in generators])
+        batch = contexts[rows.to(nodes.device)]
+        gates = heaviside(tau, how.temperature)
+        losses = loss_of(nodes.logits(batch, gates)).view(len(trials), how.batch_size).mean(1)
+        optimizer.zero_grad()
+        (losses + penalty * gates.sum(1)).sum().backward()
+        tau.grad.renorm_(p=2, dim=0, maxnorm=1.0)  # each trial's gradient is clipped by itself
+        optimizer.step()
+        with torch.no_grad():
+            tau.clamp_(-1, 1)
+    return tau.detach()
+
+
+def fewest(loss_at, most, target):
+    """The smallest size from 1 to `most` found at which loss_at(size) <= target, or None; the losses seen.
+
+    Doubles until the target is reached, bisects, and looks a little below, as the loss need not fall with
+    every node.
+    """
+    seen = {}
+
+    def reaches(size):
+        if size not in seen:
+            seen[size] = loss_at(size)
+        return seen[size] <= target
+
+    sizes = [2**i for i in range(most.bit_length()) if 2**i < most] + [most]
+    size = next(filter(reaches, sizes), None)
+    if size is None:
+        return None, seen
+    low = size // 2
+    while size - low > 1:
+        middle = (low + size) // 2
+        low, size = (low, middle) if reaches(middle) else (middle, size)
+    below = size - 1
+    while below > 0 and size - below <= AROUND:
+        size = below if reaches(below) else size
+        below -= 1
+    return size, seen
+
+
+def first_of(order, size):
+    """Gates that are 1 for the first `size` nodes of `order` (nodes)."""
+    gates = torch.zeros(len(order), device=order.device)
+    gates[order[:size]] = 1
+    return gates
+
+
+def bracketed(size_at, ladder, first):
+    """Call size_at (infinite if it fails) at rungs of `ladder` until the rungs beside the best were tried.
+
+    Begins at `first`, and goes down while nothing succeeds. Returns rung -> size, in the order tried.
+    """
+    tried = {first: size_at(first)}
+    while True:
+        best = min(range(len(ladder)), key=lambda i: tried.get(ladder[i], float("inf")))
+        best = best if ladder[best] in tried else ladder.index(min(tried))
+        beside = (best + 1, best - 1) if tried[ladder[best]] < float("inf") else (best - 1,)
+        new = [ladder[i] for i in beside if 0 <= i < len(ladder) and ladder[i] not in tried]
+        if not new:
+            return tried
+        tried[new[0]] = size_at(new[0])
+
+
+def find(nodes, learning, choosing, target, how, name, trials=()):
+    """Learn masks on `learning`, and prune each to the fewest nodes that reach the target on `choosing`.
+
+    `trials` are pairs of a penalty and a mask seed; without any those of `how`, a Search. Returns a list of
+    dicts: penalty, mask_seed, nodes (a number, None if no size reaches the target), lowest_loss of all sizes
+    tried, losses by size, order of the nodes, and gates, those of the size found or else of the lowest loss.
+    """
+    runs = []
+
+    def attempt(penalty, mask_seed=0):
+        begun = time.perf_counter()
+        [tau] = learn_masks(nodes, learning, [(penalty, mask_seed)], how)
+        order = tau.argsort(descending=True, stable=True)
+        size, seen = fewest(lambda n: loss_at(nodes, choosing, first_of(order, n), how.fit),
+                            nodes.number, target)
+        best = size or min(seen, key=seen.get)
+        runs.append({"penalty": penalty, "mask_seed": mask_seed, "nodes": size,
+                     "lowest_loss": min(seen.values()), "gates": first_of(order, best),
+                     "losses": {str(n): loss for n, loss in sorted(seen.items())},
+                     "order": order[:4 * best].tolist()})
+        found = f"{size} nodes" if size else "not reached"
+        print(f"{name} | penalty {penalty:g} | mask seed {mask_seed} | {found} | loss {seen[best]:.3f} "
+              f"on train | {time.perf_counter() - begun:.0f} s", flush=True)
+        return size or float("inf")
+
+    if not trials and not how.penalties:  # then the other mask seeds, where the first does about best
+        tried = bracketed(attempt, LADDER, FIRST)
+        penalty = min(p for p, size in tried.items() if size <= STABLE * min(tried.values()))
+        trials = [(penalty, mask_seed) for mask_seed in range(1, how.mask_seeds)]
+    elif not trials:
+        trials = [(penalty, mask_seed) for penalty in how.penalties for mask_seed in range(how.mask_seeds)]
+    for trial in trials:
+        attempt(*trial)
+    return runs
+
+
+# ----------------------------------------------------------------------------------------------------------
+# what is needed
+
+
+def estimated_costs(nodes, contexts, gates, fit=True):
     """By how much the loss rises when each gate goes from 1 to 0, to first order: (number)."""
-    scale, shift = fit(nodes.judge(contexts, gates), contexts.sides()) if fitted else (1.0, 0.0)
+    scale, shift = fit_of(nodes.judge(contexts, gates), contexts.sides()) if fit else (1.0, 0.0)
     gates = gates.clone().requires_grad_()
     for batch in contexts.batches():
         logits = apply_fit(nodes.logits(batch, gates), batch.sides(), scale, shift)
@@ -68,55 +228,134 @@ def estimated_costs(nodes, contexts, gates, fitted=True):
     return -gates.grad
 
 
-def needed(nodes, gates, contexts, target, fitted=True):
-    """Remove edges and nodes from a circuit (gates of nodes alone) while its loss on `contexts` is at most
-    `target`. Returns Nodes with its edges and gates for both, and the path: [nodes, edges, loss], ....
+class Removal:
+    """A circuit that gets smaller: Nodes with the edges between those of `gates`, and gates of both."""
 
-    In each round the candidates of least estimated cost are measured alone; as many of the cheapest go
-    together as the target allows. When not even one of them may go, all are measured, and the search ends if
-    none may. Many candidates, as a dense model has, first go in large bites by their estimates alone.
-    """
-    inside = nodes.with_edges([edge[:4] for edge in nodes.edges_in(gates)])
-    gates = torch.cat([gates, gates.new_ones(len(inside.edges))])
-    path = [[int(gates[:inside.nodes].sum()), len(inside.edges), loss_at(inside, contexts, gates, fitted)]]
+    def __init__(self, nodes, gates, contexts, target, fit):
+        self.nodes = nodes.with_edges([edge[:4] for edge in nodes.edges_in(gates)])
+        self.gates = torch.cat([gates[:nodes.nodes], gates.new_ones(len(self.nodes.edges))])
+        if gates.numel() > nodes.nodes:  # it had edges already, some of them removed
+            there = {edge[:4] for edge in nodes.edges_in(gates)}
+            self.gates[nodes.nodes:] = gates.new_tensor([edge in there for edge in self.nodes.edges])
+        self.contexts, self.target, self.fit = contexts, target, fit
+        self.path = []
+        self.note(self.loss(self.gates))
 
-    def without(candidates):
-        less = gates.clone()
+    def loss(self, gates, contexts=None):
+        return loss_at(self.nodes, contexts or self.contexts, gates, self.fit)
+
+    def note(self, loss):
+        size = count(self.nodes, self.gates)
+        self.path.append([size["nodes"], size["edges"], loss])
+
+    def candidates(self):
+        """The gates that may go, cheapest first by estimate: of kept nodes, and of edges between them."""
+        both = self.gates[self.nodes.ends].ne(0).all(1)  # the edge of a node that is gone is no candidate
+        edges = self.nodes.nodes + ((self.gates[self.nodes.nodes:] != 0) & both).nonzero()[:, 0]
+        there = torch.cat([self.gates[:self.nodes.nodes].nonzero()[:, 0], edges])
+        costs = estimated_costs(self.nodes, self.contexts, self.gates, self.fit)[there]
+        return there[costs.argsort(stable=True)].tolist()
+
+    def without(self, candidates):
+        less = self.gates.clone()
         less[list(candidates)] = 0
         return less
 
-    def present():
-        both = gates[inside.ends].ne(0).all(1)  # the edge of a node that is gone is no candidate
-        edges = inside.nodes + ((gates[inside.nodes:] != 0) & both).nonzero()[:, 0]
-        return torch.cat([gates[:inside.nodes].nonzero()[:, 0], edges])
+    def by_measure(self, candidates, contexts):
+        """The loss on these contexts without each of the candidates, a dict, the least first."""
+        losses = {c: self.loss(self.without([c]), contexts) for c in candidates}
+        return {c: losses[c] for c in sorted(losses, key=losses.get)}
 
-    def take(candidates, sizes):
+    def take_of(self, losses):
+        """Remove of those that may go alone, of `by_measure`, as many as may together; whether any went."""
+        cheap = [c for c, loss in losses.items() if loss <= self.target]
+        return self.take(cheap, [n for n in (16, 8, 4, 2, 1) if n <= len(cheap)])
+
+    def take(self, candidates, sizes):
         """Remove the first of `candidates`, as many of `sizes` as the target allows; whether any went."""
-        nonlocal gates
         for size in sizes:
-            less = without(candidates[:size])
-            if not less[:inside.nodes].any():  # chance alone reaches the target: a node is kept, to be shown
+            less = self.without(candidates[:size])
+            if not less[:self.nodes.nodes].any():  # a node stays, to be shown
                 continue
-            loss = loss_at(inside, contexts, less, fitted)
-            if loss <= target:
-                gates = less
-                edges = int(present().ge(inside.nodes).sum())
-                path.append([int(gates[:inside.nodes].sum()), edges, loss])
+            loss = self.loss(less)
+            if loss <= self.target:
+                self.gates = less
+                self.note(loss)
                 return True
         return False
 
-    def by_measure(candidates):
-        costs = {c: loss_at(inside, contexts, without([c]), fitted) for c in candidates}
-        return [c for c in sorted(costs, key=costs.get) if costs[c] <= target]
 
-    while len(candidates := present()):
-        costs = estimated_costs(inside, contexts, gates, fitted)[candidates]
-        order = candidates[costs.argsort(stable=True)].tolist()
+def needed(nodes, gates, contexts, target, fit=True):
+    """Remove edges and nodes from a circuit (gates of nodes alone) while its loss on `contexts` is at most
+    `target`. Returns Nodes with its edges and gates for both, and the path: [nodes, edges, loss], ....
+
+    In each round the candidates of least estimated cost are measured alone, on some of the contexts; as many
+    of the cheapest go together as the target allows on all. When not even one of them may go, all candidates
+    are measured so, the cheapest of them on all contexts, and the search ends if none may go. Many
+    candidates, as a dense model has, first go in large bites by their estimates alone. Nodes that are
+    constant in what is left are folded into the biases.
+    """
+    circuit = Removal(nodes, gates, contexts, target, fit)
+    some = contexts[torch.arange(min(QUICKLY, len(contexts)), device=contexts.idx.device)]
+    while order := circuit.candidates():
         large = [len(order) // part for part in (2, 4, 8) if len(order) // part > MEASURED]
-        if large and take(order, large):
+        if large and circuit.take(order, large):
             continue
-        cheap = by_measure(order[:MEASURED])
-        cheap = cheap or by_measure(order[MEASURED:])
-        if not cheap or not take(cheap, [n for n in (16, 8, 4, 2, 1) if n <= len(cheap)]):
+        if circuit.take_of(circuit.by_measure(order[:MEASURED], some)):
+            continue
+        cheapest = list(circuit.by_measure(order, some))[:MEASURED]
+        if not circuit.take_of(circuit.by_measure(cheapest, contexts)):
             break
-    return inside, gates, path
+    return (*fold(circuit), circuit.path)
+
+
+def fold(circuit):
+    """Nodes and gates of a Removal, without the nodes that are constant in it: what they always are becomes
+    their ablated value, as a bias. One stays if the loss would then miss the target."""
+    nodes, gates = circuit.nodes, circuit.gates
+    for site, x in nodes.activations(circuit.contexts, gates).items():
+        still = x.var(0, correction=0) <= CONSTANT * x.square().mean(0)
+        for channel in (still & (nodes.split(gates)[site] != 0)).nonzero()[:, 0].tolist():
+            less = gates.clone()
+            nodes.split(less)[site][channel] = 0
+            folded = nodes.with_value(site, channel, x[:, channel].mean().item())
+            if loss_at(folded, circuit.contexts, less, circuit.fit) <= circuit.target and less.any():
+                nodes, gates = folded, less
+                circuit.nodes, circuit.gates = nodes, gates
+                circuit.note(loss_at(nodes, circuit.contexts, gates, circuit.fit))
+    return nodes, gates
+
+
+def smallest(nodes, runs, choosing, target, fit=True):
+    """Of the circuits that were found those with the fewest nodes, less what they do not need; of these the
+    one with the fewest edges: the run, Nodes, gates and path."""
+    reached = sorted((run for run in runs if run["nodes"]), key=lambda run: run["nodes"])
+    if not reached:
+        best = min(run["lowest_loss"] for run in runs)
+        fail(f"no search reached the target of {target:g}, the best was {best:.3f}: raise --target_loss or "
+             "--steps, or lower --penalties")
+    near = [run for run in reached if run["nodes"] <= NEAR * reached[0]["nodes"]]
+    different = [run for i, run in enumerate(near)
+                 if not any(torch.equal(run["gates"], other["gates"]) for other in near[:i])]
+    found = []
+    for run in different[:CANDIDATES]:
+        begun, were = time.perf_counter(), count(nodes, run["gates"])
+        inside, gates, path = needed(nodes, run["gates"], choosing, target, fit)
+        found.append((run, inside, gates, path))
+        print(f"needed | {were['nodes']} nodes, {were['weights']} weights between them -> "
+              f"{path[-1][0]} nodes, {path[-1][1]} edges | loss {path[-1][2]:.3f} on train | "
+              f"{time.perf_counter() - begun:.0f} s", flush=True)
+    return min(found, key=lambda parts: parts[3][-1][1::-1])
+
+
+def costs_of(nodes, gates, choosing, loss, fit=True):
+    """By how much the loss of the circuit rises when one edge, or one node, of it is removed."""
+    def cost(place):
+        less = gates.clone()
+        less[place] = 0
+        return loss_at(nodes, choosing, less, fit) - loss
+
+    there = {edge: nodes.nodes + e for e, edge in enumerate(nodes.edges)}
+    return {"edge_costs": [cost(there[edge[:4]]) for edge in nodes.edges_in(gates)],
+            "node_costs": {f"{site}.{c}": cost(nodes.places[site] + c)
+                           for site, channels in nodes.kept(gates).items() for c in channels}}

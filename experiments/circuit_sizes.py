@@ -4,9 +4,10 @@
     python -m experiments.circuit_sizes --jobs=0    # run nothing: tables and figures of what is recorded
 
 A job trains a model, train.py with `config` and the flags of the model, and searches it for the circuits of
-some tasks. The search is circuit.py's, with the same penalties, mask seeds and steps for every model. A mask
-is learned once, and its nodes are counted at each target loss: a row of the CSV. All can be stopped at any
-time and started again: a training goes on from its checkpoint, rows that are recorded are not made twice.
+some tasks. The search is circuit.py's, without the fit, with the same penalties, mask seeds and steps for
+every model. A mask is learned once, and its nodes are counted at each target loss: a row of the CSV. All can
+be stopped at any time and started again: a training goes on from its checkpoint, and rows that are recorded
+are not made twice.
 """
 import csv
 import fcntl
@@ -23,19 +24,19 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-import circuit
+from circuits.loaded import load
 from circuits.nodes import count
-from circuits.search import loss_at, loss_of
+from circuits.search import Search, fewest, first_of, learn_masks, loss_at, loss_of
+from circuits.tasks import Source, read_task
 from configurator import configure, fail, settings_of
 from experiments.ablations import last_of_log
 from figures import new_figure, plain, save
-from runs import load_checkpoint, load_run, this_process
-from tokenizer import load_tokenizer, tokenizer_in
+from runs import load_checkpoint
 
 jobs = os.cpu_count() or 1  # processes; a GPU serves more than one, as the models are small
 device = "auto"  # 'auto', 'cpu', 'cuda'
 config = "config/quickstart.py"  # of the models
-search = ""  # other settings of circuit.py, by spaces: '--steps=100'
+steps = 300  # of learning a mask
 at_once = 18  # masks that are learned in one pass: they keep a GPU busy; a CPU is as fast with one
 record = "experiments/circuit_sizes.csv"
 models = "out/circuits"  # the folder of the trained models
@@ -60,8 +61,8 @@ SEEDS = (1337, 1, 2)
 GRID = {64: ("1",), 128: ("1", "1/4", "1/16", "1/32"), 256: ("1", "1/4", "1/16", "1/64"),
         512: ("1", "1/4", "1/16", "1/64")}
 # a step has the config's 32 windows, in one pass: half the launches. The paper's models have no positions
-TRAINING = ("--batch_size=32 --gradient_accumulation_steps=1 --eval_iters=30 --dtype=float32 --compile=False "
-            "--use_positional_embeddings=False")
+TRAINING = ("--batch_size=32 --gradient_accumulation_steps=1 --eval_iters=30 --dtype=float32 "
+            "--compile=False --use_positional_embeddings=False")
 TASKS = ("quotes", "quotes_comma", "single_double_quote", "string_end", "fstring_brace")
 MORE_TASKS = ("for_if", "braces", "brackets_comma")  # which take their turn after all else
 # models that differ from the sparse one in one choice, whose circuits of one task are compared
@@ -151,13 +152,12 @@ def is_trained(checkpoint):
 def rows_of_trial(nodes, tau, choosing, judging):
     """What the importance tau of the nodes makes of each target loss."""
     order = tau.argsort(descending=True, stable=True)
-    at_size = functools.cache(lambda size: loss_at(nodes, choosing, circuit.first_of(order, size),
-                                                   fitted=False))
+    at_size = functools.cache(lambda size: loss_at(nodes, choosing, first_of(order, size), fit=False))
     for target in TARGETS:
-        size, _ = circuit.fewest(at_size, nodes.number, target)
+        size, _ = fewest(at_size, nodes.number, target)
         row = {"target_loss": target, "nodes": "", "edges": "", "val_loss": ""}
         if size:
-            gates = circuit.first_of(order, size)
+            gates = first_of(order, size)
             row |= {"nodes": size, "edges": count(nodes, gates)["edges"],
                     "val_loss": f"{loss_of(nodes.judge(judging, gates)).mean().item():.4f}"}
         yield row
@@ -172,14 +172,10 @@ def run_job(flags, seed, tasks):
     if not missing:
         return
     folder = train(flags, seed)
-    last, process = last_of_log(folder), this_process(device, "float32")
-    saved, model, data = load_run(folder, "ckpt.pt")
-    model.to(process.device).requires_grad_(False)
-    nodes = circuit.measured_nodes(model, data, process)
-    tokenizer = load_tokenizer(tokenizer_in(os.path.join("data", saved["settings"]["dataset"])))
+    last, loaded, how = last_of_log(folder), load(folder, device=device), Search(steps=steps)
+    nodes, source = loaded.nodes(), Source(loaded)
     for task, trials in missing.items():
-        spec, _ = circuit.read_task(task, tokenizer)
-        sets = circuit.three_sets(spec, data, tokenizer, model.config.block_size, process)
+        sets = source.three_sets(read_task(task, loaded.tokenizer))
         ones = torch.ones(nodes.number, device=nodes.device)
         whole = [loss_of(nodes.judge(contexts, ones)).mean().item() for contexts in sets[1:]]
         row = {"flags": flags, "seed": seed, "task": task, "whole_train_loss": f"{whole[0]:.4f}",
@@ -187,7 +183,7 @@ def run_job(flags, seed, tasks):
                "nonzero": last["sparsity/nonzero"]}
         for i in range(0, len(trials), at_once):
             some = trials[i:i + at_once]
-            taus = circuit.learn_masks(nodes, sets[0], some)
+            taus = learn_masks(nodes, sets[0], some, how)
             for (penalty, mask_seed), tau in zip(some, taus, strict=True):
                 add([row | {"penalty": penalty, "mask_seed": mask_seed} | found
                      for found in rows_of_trial(nodes, tau, *sets[1:])])
@@ -197,7 +193,6 @@ def run_job(flags, seed, tasks):
 def start_worker(settings):
     """What a new process needs to know of this one."""
     globals().update(settings)
-    configure(vars(circuit), search.split())
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

@@ -18,21 +18,36 @@ from tokenizer import load_tokenizer
 tokenizer = ""  # the path of a tokenizer.json, which the prompts are checked against; '': no check
 
 FOLDER = os.path.dirname(__file__)
-PAIRS = {"prompts": 200, "held_out": 80}
+PAIRS = {"prompts": 400, "held_out": 120}
 LONGEST = 60  # tokens of a hard prompt: the quickstart reads 64
 NAMES = {
     "prompts": "other msg node func result value source obj line type count index item key file start code "
-               "data end size state mode args name",
+               "data end size state mode args name parser error match string length field pattern session "
+               "task queue",
     "held_out": "prefix child path filename module option text token match group root pos char time user "
                 "col loop event thread config command version url block frame handler"}
 IN_BRACES = {  # names that are the same token after a brace and after a bracket
     "prompts": "node line count key end size state args error info match method",
     "held_out": "text buffer root char row col level time host user message header"}
+# of a circuit that was chosen on few words much is idle on these alone
 WORDS = {
-    "prompts": "arguments end error expected file format list name no not of open read string type value",
-    "held_out": "empty input stream argument object number line test data key path module class function"}
-CALLS = {"prompts": ("self.fail(", "parser.error(", "print(", "raise ValueError("),
-         "held_out": ("log.write(", "self.skipTest(", "raise TypeError(")}
+    "prompts": "a all an and argument arguments as at attribute be but by call can cannot char code "
+               "connection could date default does end error expected exit field file for found from "
+               "function get has have if in index input integer invalid is it key keyword length less "
+               "line list make match may message method missing module must name negative new no not "
+               "number of on one open option or out parameter path positive process range read required "
+               "return same server should size start state support than that the this time timeout to "
+               "too tuple type unexpected unknown use used user version when with write wrong",
+    "held_out": "after already any before between bytes cache class config data dict directory each "
+                "either empty environment event exception failed first format group handle header host "
+                "items last local loop mode more object only other package pattern pipe port queue "
+                "result root second section sequence set socket source stream string table target test "
+                "text thread token unable until value was where which without"}
+CALLS = {"prompts": ("self.fail(", "parser.error(", "print(", "raise ValueError(", "warnings.warn(",
+                     "raise RuntimeError(", "logging.info(", "self._log(", "sys.stdout.write(",
+                     "raise OSError(", "super().__init__(", "name = str("),
+         "held_out": ("log.write(", "self.skipTest(", "raise TypeError(", "raise KeyError(", "self.send(",
+                      "msg = _(")}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -43,7 +58,7 @@ def names(draw, part, number):
 
 
 def words(draw, part):
-    return " ".join(draw.sample(WORDS[part].split(), draw.randint(2, 4)))
+    return " ".join(draw.sample(WORDS[part].split(), draw.randint(2, 6)))
 
 
 def single_double_quote(draw, part):
@@ -87,7 +102,7 @@ def template_task(pair, more):
     task = dict(more)
     for part, number in PAIRS.items():
         draw, rows = random.Random(f"{pair.__name__} {part}"), {}
-        while len(rows) < 2 * number:
+        while len(rows) < 2 * number:  # the lists of words above must be long enough for this to end
             (a, to_a), (b, to_b) = pair(draw, part)
             if not {a, b} & rows.keys():
                 rows |= {a: [a, to_a, to_b], b: [b, to_b, to_a]}

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import runs
+from circuits.tasks import Source
 from conftest import REPO, checkpoint
 from experiments import ablations, circuit_sizes, evaluate, plot
 from model import GPT, GPTConfig
@@ -319,13 +320,11 @@ def test_all_models_of_the_grid_can_be_built():
 @pytest.fixture
 def tasks_here(trained, small_search, monkeypatch):
     """A trained run in the place of all models, and two tasks."""
-    os.mkdir("tasks")
     for task, answers in {"one": ["r", "t"], "two": ["e", "s"]}.items():
-        Path("tasks", f"{task}.json").write_text(json.dumps({"answers": answers}))
+        Path(f"{task}.json").write_text(json.dumps({"answers": answers}))
     monkeypatch.setattr(circuit_sizes, "train", lambda flags, seed: "out")
-    for name, value in (("steps", 2), ("batch_size", 4), ("choosing_contexts", 32),
-                        ("judging_contexts", 40), ("mean_windows", 4)):
-        monkeypatch.setattr(circuit_sizes.circuit, name, value)
+    monkeypatch.setattr(circuit_sizes, "steps", 2)
+    monkeypatch.setattr(circuit_sizes, "Source", lambda loaded: Source(loaded, 60, 32, 40))
 
 
 def test_a_job_adds_what_is_missing(tasks_here, monkeypatch):
@@ -337,9 +336,9 @@ def test_a_job_adds_what_is_missing(tasks_here, monkeypatch):
     assert all(1 <= int(row["nodes"]) <= int(row["edges"]) + int(row["nodes"]) for row in whole[1::2])
     os.remove(circuit_sizes.record)
     circuit_sizes.add([{name: row[name] for name in circuit_sizes.COLUMNS} for row in whole[:2]])
-    learned, learn_masks = [], circuit_sizes.circuit.learn_masks
-    monkeypatch.setattr(circuit_sizes.circuit, "learn_masks", lambda nodes, contexts, trials: (
-        learned.extend(trials), learn_masks(nodes, contexts, trials))[1])
+    learned, learn_masks = [], circuit_sizes.learn_masks
+    monkeypatch.setattr(circuit_sizes, "learn_masks", lambda nodes, contexts, trials, how: (
+        learned.extend(trials), learn_masks(nodes, contexts, trials, how))[1])
     circuit_sizes.run_job("", 1, ("one",))
     assert circuit_sizes.read_record() == whole and learned == [(1e-2, 0)]
     circuit_sizes.run_job("", 1, ("one",))

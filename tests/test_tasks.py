@@ -38,9 +38,9 @@ def test_the_shipped_files_are_what_make_writes(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_prompts_are_many_different_and_balanced(name):
-    """400 to choose and learn on, 160 held out, none of them twice; both answers equally often."""
+    """800 to choose and learn on, 240 held out, none of them twice; both answers equally often."""
     task, seen = TEMPLATES[name], []
-    for part, number in (("prompts", 400), ("held_out", 160)):
+    for part, number in (("prompts", 800), ("held_out", 240)):
         rights = [right for _, right, _ in task[part]]
         seen += [prompt for prompt, *_ in task[part]]
         assert len(rights) == number and rights.count(rights[0]) == number // 2
