@@ -34,8 +34,8 @@ QUANTILES = (1.0, 0.999, 0.99, 0.9, 0.5, 0.1, 0.01, 0.001, 0.0)
 EACH = 5  # contexts of a quantile
 BINS = 40
 SHOWN = ("task", "target_loss", "fit", "ablation", "answers", "answer_ids", "nodes", "edges", "scale",
-         "shift", "hard", "curve", "runs", "whole_train_loss", "edge_costs", "node_costs", "table", "caveats",
-         "warnings")  # of the record
+         "shift", "hard", "curve", "runs", "whole_train_loss", "edge_costs", "node_costs", "table",
+         "caveats", "warnings")  # of the record
 
 # ----------------------------------------------------------------------------------------------------------
 # arrays: all in one gzip, in base64
@@ -250,9 +250,8 @@ def content(record, model, data, arrays):
     longest = max(len(ids) for ids, _ in contexts)
     padded = np.array([ids + [0] * (longest - len(ids)) for ids, _ in contexts])
     return {
-        "record": {key: record[key] for key in SHOWN if key in record},
-        "results": {name: record["results"][name]
-                    for name in ("circuit", "circuit_fitted", "whole") if name in record["results"]},
+        "record": {key: record[key] for key in SHOWN},
+        "results": {name: record["results"][name] for name in ("circuit", "circuit_fitted", "whole")},
         "config": asdict(model.config), "tokenizer": json.loads(data.tokenizer),
         "live": live, "nonzeros": number, "most": LIVE,
         "parameters": parameters_of(model, arrays) if live else ends_of(model, record["nodes"], arrays),
