@@ -40,7 +40,6 @@ SHOWN = ("task", "target_loss", "fit", "ablation", "answers", "answer_ids", "nod
 # ----------------------------------------------------------------------------------------------------------
 # arrays: all in one gzip, in base64
 
-
 TYPES = {"float32": "<f4", "int8": "i1", "uint16": "<u2", "uint32": "<u4"}
 
 
@@ -73,8 +72,7 @@ def parameters_of(model, live, kept, arrays):
     named = {name: p for name, p in model.named_parameters() if name != "bigram_table"}
     if not live:
         on = torch.zeros(model.config.d_model)
-        for site in (site for site in kept if site.endswith(("_in", "_out"))):
-            on[kept[site]] = 1
+        on[[c for site in kept if site.endswith(("_in", "_out")) for c in kept[site]]] = 1
         ends = ("transformer.wte.weight", "transformer.ln_f.weight", "lm_head.weight")
         named = {name: named[name] * on for name in ends if name in named}
     return {name: arrays.sparse(p) for name, p in named.items()}
