@@ -264,7 +264,7 @@ def test_a_known_circuit_is_found_exactly(known):
     assert (count(nodes, gates)["nodes"], count(nodes, gates)["edges"]) == (5, 3)
     assert asked.result(nodes.judge(judging, gates))["accuracy"] == 1
     assert asked.result(nodes.judge(judging, 1 - gates))["accuracy"] < 0.65
-    random, _ = asked.random_draws(nodes, gates, judging, 0)
+    random, _ = asked.random_draws(nodes, gates, judging, judging, 0)
     assert min(draw["loss"] for draw in random) > 0.5
     key, value = asked.interventions(nodes, gates, judging)
     assert (key["site"], value["site"], value["channels"]) == ("0.attn.attn_k", "0.attn.attn_v", [0])
@@ -572,7 +572,7 @@ def test_random_edges_are_as_many_as_the_circuits(known):
     """With all the nodes that they join, and no other edge between these."""
     nodes, contexts = nodes_of(known), some_contexts(40)
     inside, gates, _ = search.needed(nodes, gates_of(nodes, KNOWN), contexts, 0.15)
-    drawn = asked.random_edges(inside, gates, contexts, 0)
+    drawn = asked.random_edges(inside, gates, contexts, contexts, 0)
     assert [draw["edges"] for draw in drawn] == [3] * asked.DRAWS
     assert all(2 <= draw["nodes"] <= 6 and draw["weights"] >= 3 for draw in drawn)
     assert len({draw["loss"] for draw in drawn}) > 1
