@@ -19,11 +19,23 @@ TYPES = (bool, int, float, str)  # of settings
 PATHS = {"out_dir", "init_from", "data_dir", "dataset", "tokenizer", "task", "beside", "image"}
 
 
+class UserError(SystemExit):
+    """What `fail` raises: an error that a user can mend, its text the sentence that says how.
+
+    It is a SystemExit so that every script ends with status 2 and no traceback, wherever it is raised. A
+    notebook does not end by it, but shows the sentence; from Python, `except UserError as e` has it in str(e).
+    """
+
+    def __init__(self, message):
+        super().__init__(str(message))
+        self.code = 2
+
+
 def fail(message):
     """End the script as user errors do: one line on stderr (under torchrun one per node), exit status 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    raise UserError(message)
 
 
 def check_versions():

@@ -221,13 +221,17 @@ def load_data(folder, block_size):
     return Data(tokens["train"], tokens["val"], meta, tokenizer)
 
 
+def has_tokenizer_of(model, meta):
+    """Whether data with this `meta` has the model's tokenizer: by name, if a released model says no more."""
+    if model.tokenizer_sha256:
+        return model.tokenizer_sha256 == meta["tokenizer_sha256"]
+    return model.tokenizer_name == meta["tokenizer"]
+
+
 def check_start(model, path, meta):
     """End the script unless data with this `meta` can train the model, whose tokenizer is at `path`."""
-    if model.tokenizer_sha256:
-        needed, same = path, model.tokenizer_sha256 == meta["tokenizer_sha256"]
-    else:  # a released model, which came without it
-        needed, same = model.tokenizer_name, model.tokenizer_name == meta["tokenizer"]
-    if not same:
+    if not has_tokenizer_of(model, meta):
+        needed = path if model.tokenizer_sha256 else model.tokenizer_name
         fail(f"the dataset was made with --tokenizer={meta['tokenizer']}, but the model needs {needed}: "
              "prepare the data with it")
     if meta["vocab_size"] > model.config.vocab_size:
@@ -334,17 +338,39 @@ def model_of(checkpoint):
     return model
 
 
-def load_run(out_dir, name):
-    """A trained run: checkpoint `name` (a dict) without the optimizer, the model to evaluate, the data."""
-    checkpoint = load_checkpoint(os.path.join(out_dir, name))
-    del checkpoint["optimizer"]  # twice the size of the model, and of no use here
-    model = model_of(checkpoint).eval()
-    folder = os.path.join("data", checkpoint["settings"]["dataset"])
+def data_folder(dataset):
+    """The folder of a data set: in data/ of the current folder or, if it is not there, of the repository."""
+    here = os.path.join("data", dataset)
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), here)
+    if not os.path.isdir(here) and not os.path.isdir(beside):
+        fail(f"no data in {here}" + f", nor in {beside}" * (beside != here)
+             + ": make it with python prepare.py (its settings are explained at its top)")
+    return here if os.path.isdir(here) else beside
+
+
+def load_run(out_dir, name="ckpt.pt", dataset=""):
+    """A trained model: checkpoint `name` (a dict) without the optimizer, the model to evaluate, the data.
+
+    Instead of an out_dir the path of a checkpoint, or the folder of a released model, of which the dict says
+    less: its "step" is None, and its `dataset` must be given. "path" says where the weights are.
+    """
+    if is_released := os.path.exists(os.path.join(out_dir, "beeg_config.json")):
+        if not dataset:
+            fail(f"{out_dir} holds a released model, which does not say what it was trained on: add "
+                 "--dataset=NAME, data that is prepared with its tokenizer")
+        model, path = load_start(out_dir)[0], os.path.join(out_dir, "final_model.pt")
+        checkpoint = {"settings": {"dataset": dataset}, "step": None}
+    else:
+        path = out_dir if os.path.isfile(out_dir) else os.path.join(out_dir, name)
+        checkpoint = load_checkpoint(path)
+        del checkpoint["optimizer"]  # twice the size of the model, and of no use here
+        model = model_of(checkpoint)
+    folder = data_folder(dataset or checkpoint["settings"]["dataset"])
     data = load_data(folder, model.config.block_size)
-    if data.meta["tokenizer_sha256"] != checkpoint["tokenizer_sha256"]:
+    if not has_tokenizer_of(model, data.meta) or data.meta["vocab_size"] > model.config.vocab_size:
         fail(f"{folder} has another tokenizer than the model of {out_dir} was trained with: prepare that "
-             "data again")
-    return checkpoint, model, data
+             "data again" + f" with --tokenizer={model.tokenizer_name}" * is_released)
+    return checkpoint | {"path": path}, model.eval(), data
 
 
 def load_start(init_from):

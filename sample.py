@@ -14,7 +14,7 @@ from configurator import configure, fail, one_line
 from runs import load_checkpoint, load_start, model_of, this_process
 from tokenizer import PLUG_IN, load_tokenizer, read_tokenizer, token_bytes, tokenizer_in
 
-out_dir = "out"  # of the training run
+out_dir = "out"  # of the training run; or the folder of a released model
 checkpoint = "ckpt.pt"  # in out_dir: 'ckpt.pt' is the latest, 'best.pt' the sparsest of least val loss
 init_from = "resume"  # out_dir's checkpoint; or another's path, or the folder of a released model
 start = "<|endoftext|>"  # the prompt, or FILE:path of a text with it; the default begins a new document
@@ -39,11 +39,11 @@ def check_sampling():
 
 def load_model():
     """The model to sample from, and its tokenizer."""
-    if init_from == "resume":
+    if init_from == "resume" and not os.path.exists(os.path.join(out_dir, "beeg_config.json")):
         model = model_of(load_checkpoint(os.path.join(out_dir, checkpoint)))
         path = tokenizer_in(out_dir)
     else:
-        model, path = load_start(init_from)
+        model, path = load_start(out_dir if init_from == "resume" else init_from)
     try:
         if not model.tokenizer_sha256:  # a released model names a tiktoken encoding
             if model.tokenizer_name not in tiktoken.list_encoding_names():
