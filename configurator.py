@@ -23,7 +23,7 @@ class UserError(SystemExit):
     """What `fail` raises: an error that a user can mend, its text the sentence that says how.
 
     It is a SystemExit so that every script ends with status 2 and no traceback, wherever it is raised. A
-    notebook does not end by it, but shows the sentence; from Python, `except UserError as e` has it in str(e).
+    notebook does not end by it, but shows the sentence; `except UserError as e` has it in str(e).
     """
 
     def __init__(self, message):

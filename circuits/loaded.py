@@ -144,8 +144,8 @@ class Loaded:
         """Meanwhile these nodes, site -> list of channels, are what `at` says, at all tokens.
 
         "mean": their means over train. "reversed": as far on the other side of these. Else a number, or a
-        tensor that broadcasts to (T, channels). Of `edges`, each (site read, channel, site written, channel):
-        what is written gets the mean of what is read (or, if `at` is 0, zero) in place of the value.
+        tensor that broadcasts to (T, channels). Of `edges`, lists of (site read, channel, site written,
+        channel), what is written gets the mean of what is read, or zero if `at` is 0, in place of the value.
         Gradients flow: to `at`, to all nodes that are not frozen and, through reversed ones, to what they
         read.
         """
