@@ -162,11 +162,12 @@ class Loaded:
         """A hook that freezes channels of a site, as `frozen` says."""
         index = torch.as_tensor(channels, dtype=torch.long, device=self.process.device)
         mean = self.means[site][index]
-        if isinstance(at, str) and at not in ("mean", "reversed"):
+        how = at if isinstance(at, str) else "value"
+        if how not in ("mean", "reversed", "value"):
             raise ValueError(f"a node can be frozen at 'mean', 'reversed' or a number, not at {at!r}")
 
         def freeze(x):
-            value = mean if at == "mean" else 2 * mean - x[..., index] if at == "reversed" else at
+            value = mean if how == "mean" else 2 * mean - x[..., index] if how == "reversed" else at
             value = torch.as_tensor(value, device=x.device).to(x.dtype)
             return x.index_copy(-1, index, value.expand(*x.shape[:-1], len(index)))
         return freeze
