@@ -45,7 +45,7 @@ class Place:
         return f"{self.value:+8.3f}  {''.join(self.tokens[-13:-1])}[{self.tokens[-1]}] -> {self.next}"
 
 
-@dataclass
+@dataclass(repr=False)
 class Loaded:
     """What `load` returns. The model is in eval mode, on the device of `process`, and needs no gradient."""
 
@@ -58,6 +58,10 @@ class Loaded:
     step: int | None  # None: a released model does not say
     dataset: str
     weights: str = ""  # `digest_of` the model as it was loaded
+
+    def __repr__(self):
+        blocks, width = self.model.config.n_layer, self.model.config.d_model
+        return f"<model of {self.path}: {blocks} blocks, d_model {width}, on {self.dataset}>"
 
     def encode(self, text):
         """The token ids of a text, a list that begins with <|endoftext|>, as in the tasks of templates."""
@@ -111,7 +115,7 @@ class Loaded:
         """The means over train that nodes are frozen at, site -> (channels)."""
         return self.means_over_train()[0]
 
-    def check(self, site, *channels):
+    def check_nodes(self, site, *channels):
         """ValueError unless the model has these nodes."""
         if site not in self.means:
             raise ValueError(f"there is no site {site!r}: choose one of {', '.join(self.means)}")
@@ -151,7 +155,7 @@ class Loaded:
         """
         with ExitStack() as stack:
             for site, channels in (nodes or {}).items():
-                self.check(site, *channels)
+                self.check_nodes(site, *channels)
                 freeze = self.freezer(site, channels, at)
                 stack.enter_context(hooks([(node_sites(self.model)[site], freeze)]))
             if edges:
@@ -178,8 +182,8 @@ class Loaded:
             raise ValueError(f"an edge can be frozen at 'mean' or 0, not at {at!r}")
         weights = {(read, written): weight for read, written, weight, _ in matrices(self.model)}
         for a, i, b, o in edges:
-            self.check(a, i)
-            self.check(b, o)
+            self.check_nodes(a, i)
+            self.check_nodes(b, o)
             if (a, b) not in weights or weights[a, b][o, i] == 0:
                 raise ValueError(f"there is no edge from {a} {i} to {b} {o}: no nonzero weight joins them")
         nodes = self.nodes("mean" if at == "mean" else "zero").with_edges(edges)
@@ -196,7 +200,7 @@ class Loaded:
         Quantile 1 is where it is largest, 0 where it is lowest; it counts the tokens where the value is not
         zero. No two places are of one window, or alike in their last tokens.
         """
-        self.check(site, channel)
+        self.check_nodes(site, channel)
         starts, idx = self.evenly_spaced(split, windows)
         parts, size = [], 64
         with hooks([(node_sites(self.model)[site], lambda x: parts.append(x[..., channel].float()))]):
@@ -229,7 +233,7 @@ class Loaded:
         value, adds at the last token; else what one unit of it adds, at the scale of an average token of
         train. Only sites that write to the stream have such a way, else ValueError.
         """
-        self.check(site, channel)
+        self.check_nodes(site, channel)
         model, location = self.model, site.split(".")[-1]
         if location not in ("attn_v", "attn_out", "mlp_neuron", "mlp_out"):
             raise ValueError(f"{site} does not write to the stream, as attn_v, attn_out, mlp_neuron and "

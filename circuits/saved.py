@@ -22,7 +22,7 @@ from runs import windows
 FORMAT = 2  # of circuit.json
 
 
-@dataclass
+@dataclass(repr=False)
 class Circuit:
     """What `load_circuit` returns: a circuit in its model, as gates of its circuits.nodes.Nodes."""
 
@@ -30,6 +30,10 @@ class Circuit:
     record: dict  # all of circuit.json
     nodes: Nodes
     gates: torch.Tensor
+
+    def __repr__(self):
+        return (f"<circuit of {self.record['task']}: {sum(map(len, self.kept.values()))} nodes, "
+                f"{len(self.edges)} edges, in {self.run.path}>")
 
     @property
     def kept(self):
@@ -61,7 +65,7 @@ class Circuit:
         of, device = self.record["contexts"], self.run.process.device
         if of["split"] == "val":
             T, pair = self.run.model.config.block_size, self.record["answer_ids"]
-            positions = torch.tensor([p for group in of["positions"] for p in group])
+            positions = torch.tensor([p for group in of["positions"] for p in group], device=device)
             idx, _ = windows(self.run.data.val, (positions - T).tolist(), T, self.run.process)
             answers = [list(order) for order, group in zip((pair, pair[::-1]), of["positions"], strict=True)
                        for _ in group]

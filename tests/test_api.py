@@ -293,7 +293,7 @@ def test_a_model_is_opened_from_any_folder(folder, tmp_path, monkeypatch, capsys
     assert capsys.readouterr().err == f"error: {error.value}\n"
     monkeypatch.setattr(runs, "__file__", str(folder / "runs.py"))
     for path in (folder / "out" / "quickstart", str(folder / "out" / "quickstart" / "ckpt.pt")):
-        assert load(path).dataset == "tiny"
+        assert repr(load(path)).endswith("ckpt.pt: 2 blocks, d_model 256, on tiny>")
     assert load_circuit(folder / CIRCUIT).run.path.endswith("ckpt.pt")
 
 
@@ -316,6 +316,7 @@ def test_a_saved_circuit_has_the_losses_that_it_was_saved_with(saved):
         found = saved.result(fitted=fitted)
         assert found == pytest.approx({name: results[key][name] for name in found}, rel=1e-5)
     assert saved.kept == saved.record["nodes"]
+    assert f"{results['circuit']['nodes']} nodes, {results['circuit']['edges']} edges" in repr(saved)
     assert [list(edge[:4]) for edge in saved.edges] == saved.record["edges"]
 
 
