@@ -5,18 +5,36 @@
 A script's settings are its module-level globals, and `configure(globals())` changes them in the order
 given: a bare argument is a config file (Python that assigns to settings), `--key=value` is one setting. A
 key that the script does not have, or a value of another type than the default's, ends the script: a
-misspelt setting never runs silently.
+misspelt setting never runs silently. How a script ends, and how it reads JSON that people may have touched,
+is here too, as every script imports this module.
 """
 import difflib
+import errno
+import json
 import math
 import os
+import re
 import runpy
 import sys
+from contextlib import contextmanager, suppress
 from fractions import Fraction
+from types import ModuleType
 
 TYPES = (bool, int, float, str)  # of settings
 # those, in any script, that may be a path: ~ is the home folder there
-PATHS = {"out_dir", "init_from", "data_dir", "dataset", "tokenizer", "task", "beside", "image"}
+PATHS = {"out_dir", "init_from", "data_dir", "dataset", "tokenizer", "task", "circuit", "beside", "image",
+         "checkpoint"}
+
+# ----------------------------------------------------------------------------------------------------------
+# how a script ends
+
+
+def complain(message):
+    """Print an error: one line on stderr whatever is in the message, under torchrun one per node."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda c: ascii(c[0])[1:-1], f"error: {message}")
+        with suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
 
 class UserError(SystemExit):
@@ -32,10 +50,65 @@ class UserError(SystemExit):
 
 
 def fail(message):
-    """End the script as user errors do: one line on stderr (under torchrun one per node), exit status 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr, flush=True)
+    """End the script as user errors do: one line on stderr, exit status 2."""
+    complain(message)
     raise UserError(message)
+
+
+def tell(line):
+    """Print a line that must be read: where standard output takes no more, on stderr."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        if sys.stdout is not sys.stderr:
+            lose_output()
+            tell(line)
+
+
+def lose_output():
+    """Standard output takes no more: what is still printed goes to stderr, what Python holds to nobody."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stdout = sys.stderr
+
+
+def is_gone(error):
+    """Whether an OSError of standard output says that no one reads: a pipe or a terminal that was closed."""
+    return error.errno in (errno.EPIPE, errno.EIO)
+
+
+def check_output(after_error=False):
+    """End the script if standard output takes no more: silently if its reader has gone, as `| head` does.
+
+    After an error, which may have been of standard output or of any file, a new line shows which it was.
+    """
+    try:
+        print(end="\n" if after_error else "", flush=True)
+    except OSError as e:
+        lose_output()
+        if is_gone(e):
+            raise SystemExit(141) from None  # what a shell reports of a program that SIGPIPE ends
+        fail(f"cannot write the standard output ({e.strerror}): make room, or send it elsewhere")
+
+
+@contextmanager
+def ends_explained(out_of_memory="take a smaller model, or more memory"):
+    """Decorates a script's main: memory that does not suffice, the CPU's or the GPU's, output that cannot be
+    written and Ctrl-C end it without a traceback. `out_of_memory` says what to do then."""
+    try:
+        try:
+            yield
+        finally:
+            check_output()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except OSError:
+        check_output(after_error=True)
+        raise
+    except (MemoryError, RuntimeError, ValueError) as e:
+        if not isinstance(e, MemoryError) and not re.search(
+                "out of memory|can't allocate|Storage size calculation overflowed|array is too big", str(e)):
+            raise
+        fail(f"out of memory: {out_of_memory}")
 
 
 def check_versions():
@@ -52,6 +125,34 @@ def one_line(error):
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
+def shown(value):
+    """A value in a few words: Python refuses to write very long integers, and some values are long."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001  whatever the value's own code may raise
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def read_json(path):
+    """The object in a JSON file that people may have touched, a dict.
+
+    Raises OSError if the file cannot be read, and ValueError, in a few words, if it holds anything else.
+    """
+    with open(path, encoding="utf-8-sig") as f:
+        try:
+            found = json.load(f)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"no JSON: {one_line(e)}") from None
+    if type(found) is not dict:
+        raise ValueError(f"no JSON object, but {shown(found)}")
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------
+# settings
+
+
 def settings_of(namespace):
     """The settings among a script's globals: lower-case names of a bool, an int, a float or a string."""
     return {k: v for k, v in namespace.items() if k.islower() and k[0] != "_" and type(v) in TYPES}
@@ -63,8 +164,10 @@ def configure(settings, argv=None):
     Returns the set of names that were set. Ends the script with one line (see `fail`) on an unknown key, a
     wrong type, an unreadable file or an argument that is neither a file nor `--key=value`.
     """
-    if argv is None:  # a script that runs: what its terminal cannot show becomes a question mark
-        sys.stdout.reconfigure(errors="replace")
+    if sys.stdout is None:  # as after >&-
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  for as long as the script runs
+    if argv is None and hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
+        sys.stdout.reconfigure(errors="replace")  # what the terminal cannot show becomes a question mark
     known = settings_of(settings)
     chosen = {}
     for arg in sys.argv[1:] if argv is None else argv:
@@ -93,9 +196,10 @@ def adopt(settings, earlier, given, look):
     `settings` (a script's globals()) change in place; what is no setting of the script is not added. Returns
     what look() saw while all settings were the earlier run's, before those that were given came back.
     """
-    known = settings_of(settings).keys()
+    known = settings_of(settings)
     now = {name: settings[name] for name in given}
-    settings.update({name: value for name, value in earlier.items() if name in known})
+    settings.update({name: check(name, value, known, where=" (of the earlier run)")
+                     for name, value in earlier.items() if name in known})
     seen = look()
     settings.update(now)
     return seen
@@ -110,14 +214,15 @@ def check_rules(settings, rules):
 
 
 def run_config_file(path, known):
-    """Run the Python file at `path`; return what it assigned, not what else it imported or defined."""
+    """Run the Python file at `path`; return what it assigned: not its modules, functions and classes."""
     if not os.path.isfile(path):
         fail(f"no config file {path}: check the path, or write a setting as --key=value")
     try:
         namespace = runpy.run_path(path)
-    except (Exception, SystemExit) as e:  # noqa: BLE001  whatever the user's own code may raise
-        fail(f"the config file {path} does not run: {type(e).__name__}: {e}".replace("\n", " "))
-    return {k: v for k, v in namespace.items() if not k.startswith("_") and (k in known or type(v) in TYPES)}
+    except BaseException as e:  # noqa: BLE001  whatever the user's own code may raise
+        fail(f"the config file {path} does not run: {one_line(e)}")
+    return {k: v for k, v in namespace.items() if not k.startswith("_") and (
+        k in known or not (isinstance(v, ModuleType) or callable(v)))}
 
 
 def parse(text, default):
@@ -139,12 +244,18 @@ def check(key, value, known, where=""):
     """Return `value` as setting `key` takes it, an int as a float if need be; or end the script."""
     if key not in known:
         close = difflib.get_close_matches(key, known, n=1, cutoff=0)
-        fail(f"unknown setting {key!r}{where}: the closest that exists is {close[0]!r}")
+        own = "; names of the file's own begin with _" if where else ""
+        fail(f"unknown setting {key!r}{where}: the closest that exists is {close[0]!r}{own}")
     expected = type(known[key])
     if expected is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
     if type(value) is not expected:
-        fail(f"{key}={value!r}{where} has the wrong type: expected {expected.__name__}, like {known[key]!r}")
+        fail(f"{key}={shown(value)}{where} has the wrong type: expected {expected.__name__}, like "
+             f"{known[key]!r}")
+    if expected is int and not -2**63 <= value < 2**63:
+        fail(f"{key}{where} has more than 63 bits: choose a smaller number")
+    if key in PATHS and "\0" in value:
+        fail(f"{key}={value!r}{where} is no path, as it holds a NUL: choose another")
     return os.path.expanduser(value) if key in PATHS else value
 
 

@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import tiktoken
 
-from configurator import configure, fail, one_line, settings_of
+from configurator import check_output, configure, ends_explained, fail, one_line, settings_of
 from documents import FORMATS, check_column, file_format, files_of, read_files
 from tokenizer import PLUG_IN, load_tokenizer, read_tokenizer, save_tokenizer, tokenizer_in
 
@@ -330,6 +330,7 @@ def summary(skipped):
     return f"{sum(skipped.values()):,} skipped" + (f" ({reasons})" if reasons else "")
 
 
+@ends_explained("shorten the longest document: see the top of prepare.py")
 def main(argv=None):
     """Prepare `dataset`. A run that fails or is interrupted leaves everything as it was."""
     configure(globals(), argv)
@@ -358,6 +359,7 @@ def main(argv=None):
                 os.close(lock)
             clean_up(target)
     except OSError as e:
+        check_output(after_error=True)
         fail(f"cannot write {target}: {e.strerror or one_line(e)}")
     except ImportError as e:
         if isinstance(e, ModuleNotFoundError) or "unknown location" in str(e):

@@ -9,6 +9,7 @@ import warnings
 
 import torch
 
+from configurator import read_json, shown
 from model import GPT, GPTConfig
 from tokenizer import name_with_digest, tokenizer_in, tokenizer_named
 
@@ -42,8 +43,7 @@ def read(folder):
     Raises OSError if a file cannot be read and ValueError, in one sentence, if the model has a part that GPT
     lacks: nothing is dropped but constants, and unknown keys of the configuration are warned of.
     """
-    with open(os.path.join(folder, "beeg_config.json"), encoding="utf-8") as f:
-        theirs = json.load(f)
+    theirs = read_json(os.path.join(folder, "beeg_config.json"))
     path = os.path.join(folder, "final_model.pt")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
@@ -81,8 +81,6 @@ def read(folder):
 
 def config_of(theirs):
     """The GPTConfig that a beeg_config.json (a dict) means. Raises ValueError on what is not here."""
-    if not isinstance(theirs, dict):
-        raise ValueError("beeg_config.json holds no configuration")  # noqa: TRY004  like the rest
     for is_there, part in (
         (theirs.get("d_pos_emb") is not None, "concatenated positional embeddings (d_pos_emb)"),
         (theirs.get("use_tied_aux_matrix"), "an auxiliary matrix (use_tied_aux_matrix)"),
@@ -98,8 +96,14 @@ def config_of(theirs):
         values["d_head"] = values["d_head"] or values["d_model"] // values["n_head"]
         values["d_mlp"] = values["d_mlp"] or 0
         values["afrac"] = 1.0 if values["afrac"] is None else values["afrac"]
+        for key, name in NAMES.items():
+            expected = type(getattr(GPTConfig, name))
+            if expected is float and type(values[key]) is int:
+                values[key] = float(values[key])
+            if type(values[key]) is not expected:
+                raise TypeError(f"{key}={shown(values[key])} is no {expected.__name__}")
         return GPTConfig(**{name: values[key] for key, name in NAMES.items()})
-    except (KeyError, TypeError) as e:
+    except (KeyError, TypeError, ZeroDivisionError, OverflowError) as e:
         raise ValueError(f"beeg_config.json lacks or misstates a key ({e})") from None
 
 

@@ -4,17 +4,20 @@ train.py has the method and the loop; sample.py, circuit.py and the experiments 
 by the same functions. What a user can mend ends the script with one line (`configurator.fail`).
 """
 import fcntl
+import hashlib
 import json
 import math
 import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -25,7 +28,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import released
-from configurator import fail
+from configurator import complain, fail, is_gone, lose_output, read_json, tell
 from kernels import has_compiler
 from model import GPT, GPTConfig
 from tokenizer import read_tokenizer, tokenizer_in
@@ -186,13 +189,21 @@ class Data:
         """What a loss in nats per token is in bits per byte of the text of a split."""
         return loss / math.log(2) * (self.meta[split]["tokens"] / self.meta[split]["bytes"])
 
+    def differs_from(self, then):
+        """Whether this is not the data that a checkpoint names, {split: part of meta.json}. What both say
+        decides, as earlier versions of prepare.py said less."""
+        return any(value != self.meta[split].get(key, value)
+                   for split in then for key, value in then[split].items())
+
+
+REMEDY = "make it with python prepare.py (its settings are explained at its top)"
+CHEAP = 2**28  # bytes: a bin up to this size is read and hashed in a fraction of a second
+
 
 def load_data(folder, block_size):
     """Open and check the data in `folder`; ends the script if it cannot be trained on."""
-    remedy = "make it with python prepare.py (its settings are explained at its top)"
     try:
-        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
-            meta = json.load(f)
+        meta = read_json(os.path.join(folder, "meta.json"))
         tokenizer, digest = read_tokenizer(tokenizer_in(folder))
         sizes = {split: meta[split]["tokens"] for split in ("train", "val")}
         vocab_size, sha256 = meta["vocab_size"], meta["tokenizer_sha256"]
@@ -200,43 +211,58 @@ def load_data(folder, block_size):
                                                       meta["val"]["bytes"])):
             raise ValueError("a number is not one")
     except OSError as e:
-        fail(f"no data in {folder} ({os.path.basename(e.filename)}: {e.strerror}): {remedy}")
+        fail(f"no data in {folder} ({os.path.basename(e.filename)}: {e.strerror}): {REMEDY}")
     except (ValueError, KeyError, TypeError) as e:
-        fail(f"{folder}/meta.json is damaged ({type(e).__name__}: {e}): {remedy}")
+        fail(f"{folder}/meta.json is damaged ({type(e).__name__}: {e}): {REMEDY}")
     if digest != sha256:
-        fail(f"{tokenizer_in(folder)} is not the one that {folder}/meta.json names: {remedy}")
+        fail(f"{tokenizer_in(folder)} is not the one that {folder}/meta.json names: {REMEDY}")
     tokens = {}
     for split, expected in sizes.items():
         path = os.path.join(folder, f"{split}.bin")
         size = os.path.getsize(path) if os.path.isfile(path) else "no"
         if size != 2 * expected:
-            fail(f"{path} should hold {expected} tokens in {2 * expected} bytes, has {size} bytes: {remedy}")
+            fail(f"{path} should hold {expected} tokens in {2 * expected} bytes, has {size} bytes: {REMEDY}")
         if expected <= block_size:
             fail(f"{path} holds {expected} tokens, fewer than one window of block_size={block_size}: "
-                 "prepare more data, or train with a smaller --block_size")
-        tokens[split] = np.memmap(path, dtype="<u2", mode="r")
-        # one process of a node reads it all: the others would only wait for the same disk
-        if os.environ.get("LOCAL_RANK", "0") == "0" and (largest := tokens[split].max()) >= vocab_size:
-            fail(f"{path} holds the token id {largest}, beyond the vocabulary of {vocab_size}: {remedy}")
+                 "prepare more text, or with a larger --val_fraction, or train with a smaller --block_size")
+        try:
+            tokens[split] = np.memmap(path, dtype="<u2", mode="r")
+            # one process of a node reads it all: the others would only wait for the same disk
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                check_tokens(tokens[split], path, vocab_size, meta[split].get("sha256"))
+        except OSError as e:
+            fail(f"cannot read {path} ({e.strerror}): see who may read it, or {REMEDY}")
     return Data(tokens["train"], tokens["val"], meta, tokenizer)
 
 
-def has_tokenizer_of(model, meta):
-    """Whether data with this `meta` has the model's tokenizer: by name, if a released model says no more."""
+def check_tokens(tokens, path, vocab_size, sha256):
+    """End the script if the bin at `path` is seen to hold other tokens than prepare.py wrote: by the sha256
+    of meta.json, if the bin is no larger than CHEAP and there is one, and by ids that do not exist."""
+    if sha256 and tokens.nbytes <= CHEAP:
+        with open(path, "rb") as f:
+            if hashlib.file_digest(f, "sha256").hexdigest() != sha256:
+                fail(f"{path} is not the file that prepare.py wrote, by the sha256 in meta.json: {REMEDY}")
+    if (largest := tokens.max()) >= vocab_size:
+        fail(f"{path} holds the token id {largest}, beyond the vocabulary of {vocab_size}: {REMEDY}")
+
+
+def check_tokenizer(model, path, folder, meta):
+    """End the script unless the data in `folder` has the tokenizer of the model, which is at `path`."""
     if model.tokenizer_sha256:
-        return model.tokenizer_sha256 == meta["tokenizer_sha256"]
-    return model.tokenizer_name == meta["tokenizer"]
-
-
-def check_start(model, path, meta):
-    """End the script unless data with this `meta` can train the model, whose tokenizer is at `path`."""
-    if not has_tokenizer_of(model, meta):
-        needed = path if model.tokenizer_sha256 else model.tokenizer_name
-        fail(f"the dataset was made with --tokenizer={meta['tokenizer']}, but the model needs {needed}: "
-             "prepare the data with it")
+        needed, same = path, model.tokenizer_sha256 == meta["tokenizer_sha256"]
+    else:  # a released model, which came without it
+        needed, same = model.tokenizer_name, model.tokenizer_name == meta["tokenizer"]
+    if not same:
+        fail(f"the data in {folder} has another tokenizer, {meta.get('tokenizer')!r}, than the model: "
+             f"prepare it again with {shlex.quote(f'--tokenizer={needed}')}")
     if meta["vocab_size"] > model.config.vocab_size:
         fail(f"the data's vocabulary of {meta['vocab_size']} exceeds the model's {model.config.vocab_size}: "
              "prepare the data with the model's tokenizer")
+
+
+def check_start(model, path, folder, meta):
+    """End the script unless the data in `folder` can train the model, whose tokenizer is at `path`."""
+    check_tokenizer(model, path, folder, meta)
     if not all(p.requires_grad for p in model.parameters()):
         fail("the bigram table of this model is marked as fixed: it can be sampled from, not trained, here")
 
@@ -253,8 +279,14 @@ def windows(tokens, starts, block_size, process):
 # out_dir and its checkpoints
 
 
+RUN_FILES = (r"(ckpt|best|finished-\d+)\.pt|log\.jsonl|(tokenizer|settings)\.json|means-.*\.npz|circuits|"
+             r"curves\.png")
+STARTING = ".starting"  # where in out_dir a new run is until its first checkpoint is whole
+
+
+@contextmanager
 def claim_out_dir(out_dir):
-    """Keep other runs out of out_dir. Returns a file that holds the lock while it is open."""
+    """Keep other runs out of out_dir meanwhile. At the end a start that has failed leaves nothing there."""
     try:
         os.makedirs(out_dir, exist_ok=True)
         lock = open(os.path.join(out_dir, "lock"), "w")  # noqa: SIM115  closed by the caller
@@ -266,27 +298,74 @@ def claim_out_dir(out_dir):
         fail(f"another run is writing to out_dir={out_dir}: stop it, or choose another --out_dir")
     except OSError:
         pass  # a file system without locks
-    return lock
+    try:
+        yield
+    finally:
+        shutil.rmtree(os.path.join(out_dir, STARTING), ignore_errors=True)
+        lock.close()
+
+
+def chosen_start(init_from, out_dir):
+    """What init_from='auto' means: 'resume' if there is a checkpoint in out_dir, else 'scratch'."""
+    if init_from != "auto":
+        return init_from
+    return "resume" if os.path.exists(os.path.join(out_dir, "ckpt.pt")) else "scratch"
 
 
 def start_out_dir(out_dir, tokenizer):
-    """Make out_dir ready for a new run. What another run left there is moved aside, never overwritten."""
+    """Begin a new run in a folder of its own in out_dir, which is returned. Until its first checkpoint is
+    whole a run that is there stays as it is: see `settle`."""
+    folder = os.path.join(out_dir, STARTING)
     try:
         if {"meta.json", "beeg_config.json"} & set(os.listdir(out_dir)):
             fail(f"out_dir={out_dir} holds data or a released model: choose another --out_dir")
-        if os.path.exists(os.path.join(out_dir, "ckpt.pt")):
-            n = 1
-            while os.path.exists(aside := os.path.join(out_dir, f"previous-{n}")):
-                n += 1
-            os.mkdir(aside)
-            for name in os.listdir(out_dir):
-                if re.fullmatch(r"(ckpt|best|finished-\d+)\.pt|log\.jsonl|(tokenizer|settings)\.json", name):
-                    os.replace(os.path.join(out_dir, name), os.path.join(aside, name))
-            print(f"{out_dir} held another run, which is now in {aside}")
-        with open(tokenizer_in(out_dir), "w", encoding="utf-8", newline="") as f:
+        shutil.rmtree(folder, ignore_errors=True)  # of a start that was killed
+        os.mkdir(folder)
+        with open(tokenizer_in(folder), "w", encoding="utf-8", newline="") as f:
             f.write(tokenizer)
     except OSError as e:
         fail(f"cannot write to out_dir={out_dir} ({e.strerror}): choose another --out_dir")
+    return folder
+
+
+def settle(out_dir):
+    """Give a run that `start_out_dir` began its place; what another run left there is moved aside."""
+    folder = os.path.join(out_dir, STARTING)
+    try:
+        if aside := move_aside(out_dir):
+            tell(f"{out_dir} held another run, which is now in {aside}")
+        for name in in_order(os.listdir(folder)):
+            os.replace(os.path.join(folder, name), os.path.join(out_dir, name))
+        os.rmdir(folder)
+    except OSError as e:
+        fail(f"cannot write to out_dir={out_dir} ({e.strerror}): choose another --out_dir")
+
+
+def move_aside(out_dir, files=RUN_FILES):
+    """Move the files of a run to a new folder in out_dir, which is returned; None if there are none."""
+    names = in_order(name for name in os.listdir(out_dir) if re.fullmatch(files, name))
+    if not names:
+        return None
+    n = 1
+    while os.path.exists(aside := os.path.join(out_dir, f"previous-{n}")):
+        n += 1
+    os.mkdir(aside)
+    for name in names:
+        os.replace(os.path.join(out_dir, name), os.path.join(aside, name))
+    return aside
+
+
+def in_order(names):
+    """Names in the order in which files are moved: ckpt.pt last, as with it there is a run to go on."""
+    return sorted(names, key=lambda name: name == "ckpt.pt")
+
+
+def what_is_left(path):
+    """What a run that could not write the file at `path` can go on from, in words."""
+    path = os.path.join(os.path.dirname(path), "ckpt.pt")
+    if os.path.exists(path):
+        return f"{path} is whole: make room, then --init_from=resume"
+    return "this run has no checkpoint yet: make room, or choose another --out_dir, and start it again"
 
 
 def write_checkpoint(path, checkpoint):
@@ -295,7 +374,9 @@ def write_checkpoint(path, checkpoint):
         with opened_beside(path, "wb") as f:
             torch.save(checkpoint, f)
     except (OSError, RuntimeError) as e:
-        fail(f"cannot write {path} ({e}); the one before it is whole: make room, then --init_from=resume")
+        while not isinstance(e, OSError) and e.__context__:  # torch says that its writer failed, not why
+            e = e.__context__
+        fail(f"cannot write {path} ({e}): {what_is_left(path)}")
 
 
 def keep_finished(out_dir, checkpoint, max_iters):
@@ -307,22 +388,47 @@ def keep_finished(out_dir, checkpoint, max_iters):
     return f"; the finished model stays in {path}, and best.pt until a better one is as sparse"
 
 
+ENTRIES = {  # of a checkpoint, and their types
+    "model": dict, "optimizer": dict, "scaler": dict, "config": dict, "settings": dict, "step": int,
+    "best_val_loss": float, "best_l0": float, "tokenizer_sha256": str}
+NEWER = {"l0": float, "data": dict, "wandb_id": str | None, "torch": str}  # which older ones lack
+
+
 def load_checkpoint(path):
     """The checkpoint at `path`, a dict, on the CPU. Runs no code from it.
 
-    settings: train.py's. step: updates made. best_val_loss: with best_l0, of best.pt.
+    settings: train.py's. step: updates made. l0: that of the last. best_val_loss: with best_l0, of best.pt.
+    data: what meta.json says of train and val. The file's own checksums are tested, which torch does not do:
+    a tenth of a second for 100 MB.
     """
     try:
+        with zipfile.ZipFile(path) as f:
+            if name := f.testzip():
+                raise zipfile.BadZipFile(f"{name} has a wrong checksum")
         with warnings.catch_warnings(action="ignore"):  # our line, below, is enough
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"model", "optimizer", "scaler", "config", "settings", "step", "best_val_loss", "best_l0",
-                   "tokenizer_sha256"} - checkpoint.keys()
+        missing = ENTRIES.keys() - checkpoint.keys()
     except FileNotFoundError:
-        fail(f"no checkpoint at {path}: train without --init_from=resume first, or check --out_dir")
+        earlier = os.path.join(os.path.dirname(path), "previous-1")
+        earlier = f"; an earlier run is in {earlier}" if os.path.isdir(earlier) else ""
+        fail(f"no checkpoint at {path}: train without --init_from=resume first, or check --out_dir{earlier}")
     except Exception as e:  # noqa: BLE001  what torch.load raises depends on what is in the file
-        fail(f"{path} is no readable checkpoint ({type(e).__name__}): restore it, or give another --out_dir")
+        reason = e if isinstance(e, zipfile.BadZipFile) else type(e).__name__
+        fail(f"{path} is no readable checkpoint ({reason}): restore it, or give another --out_dir")
     if missing:
         fail(f"{path} is no checkpoint of train.py (it lacks {', '.join(sorted(missing))}): choose another")
+    strange = [name for name, kind in (ENTRIES | NEWER).items()
+               if name in checkpoint and not isinstance(checkpoint[name], kind)]
+    if not strange:
+        parts = checkpoint.get("data", {"train": {"tokens": 0}, "val": {"tokens": 0}})
+        strange = [name for name, is_right in (
+            ("step", checkpoint["step"] >= 0),
+            ("settings", type(checkpoint["settings"].get("dataset")) is str),
+            ("data", parts.keys() == {"train", "val"} and all(
+                type(part) is dict and type(part.get("tokens")) is int for part in parts.values())),
+        ) if not is_right]
+    if strange:
+        fail(f"{path} is no checkpoint of train.py (its {strange[0]} is none): choose another")
     return checkpoint
 
 
@@ -332,7 +438,7 @@ def model_of(checkpoint):
         model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
         model.tokenizer_sha256 = checkpoint["tokenizer_sha256"]
-    except (RuntimeError, TypeError, ValueError) as e:
+    except (RuntimeError, TypeError, ValueError, AttributeError) as e:
         reason = " ".join(str(e).split())
         fail(f"the checkpoint does not fit model.py, use the code that wrote it: {reason}")
     return model
@@ -344,7 +450,7 @@ def data_folder(dataset):
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), here)
     if not os.path.isdir(here) and not os.path.isdir(beside):
         fail(f"no data in {here}" + f", nor in {beside}" * (beside != here)
-             + ": make it with python prepare.py (its settings are explained at its top)")
+             + f": {REMEDY}")
     return here if os.path.isdir(here) else beside
 
 
@@ -354,7 +460,7 @@ def load_run(out_dir, name="ckpt.pt", dataset=""):
     Instead of an out_dir the path of a checkpoint, or the folder of a released model, of which the dict says
     less: its "step" is None, and its `dataset` must be given. "path" says where the weights are.
     """
-    if is_released := os.path.exists(os.path.join(out_dir, "beeg_config.json")):
+    if os.path.exists(os.path.join(out_dir, "beeg_config.json")):
         if not dataset:
             fail(f"{out_dir} holds a released model, which does not say what it was trained on: add "
                  "--dataset=NAME, data that is prepared with its tokenizer")
@@ -367,16 +473,19 @@ def load_run(out_dir, name="ckpt.pt", dataset=""):
         model = model_of(checkpoint)
     folder = data_folder(dataset or checkpoint["settings"]["dataset"])
     data = load_data(folder, model.config.block_size)
-    if not has_tokenizer_of(model, data.meta) or data.meta["vocab_size"] > model.config.vocab_size:
-        fail(f"{folder} has another tokenizer than the model of {out_dir} was trained with: prepare that "
-             "data again" + f" with --tokenizer={model.tokenizer_name}" * is_released)
+    check_tokenizer(model, tokenizer_in(os.path.dirname(path)), folder, data.meta)
     return checkpoint | {"path": path}, model.eval(), data
 
 
-def load_start(init_from):
-    """The model in an out_dir, a checkpoint or a released model's folder; the path of its tokenizer.json."""
-    path = init_from if os.path.isfile(init_from) else os.path.join(init_from, "ckpt.pt")
+def load_start(init_from, name=None):
+    """The model in an out_dir, a checkpoint or a released model's folder; the path of its tokenizer.json.
+
+    `name`, if given, is that of the checkpoint in an out_dir.
+    """
+    path = init_from if os.path.isfile(init_from) else os.path.join(init_from, name or "ckpt.pt")
     tokenizer = tokenizer_in(os.path.dirname(path))
+    if name and not (os.path.isfile(path) and os.path.isdir(init_from)):
+        fail(f"checkpoint={name} names a file in an out_dir, and {path} is none: leave it out, or check it")
     if os.path.isfile(path):
         return model_of(load_checkpoint(path)), tokenizer
     try:
@@ -406,26 +515,33 @@ def read_log(path):
 
 
 class Log:
-    """Where the records of a run go: the terminal, out_dir/log.jsonl and, if asked, wandb."""
+    """Where the records of a run go: the terminal, log.jsonl in its folder and, if asked, wandb."""
 
-    def __init__(self, out_dir, start, evaluates, wandb_id=None):
+    def __init__(self, folder, start, evaluates, wandb_id=None):
         """Records from step `start` on will be made again: drop those that an interrupted run left. That of
         an evaluation at `start` is kept unless the run `evaluates` there again."""
-        self.path, self.wandb, self.wandb_id = os.path.join(out_dir, "log.jsonl"), None, wandb_id
+        self.folder, self.wandb, self.wandb_id = folder, None, wandb_id
+        self.lost = None  # the error with which standard output took no more
         records = read_log(self.path) if start and os.path.exists(self.path) else []
         write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in records if (
             record["step"] < start or record["step"] == start and "val/loss" in record and not evaluates)))
 
-    def start_wandb(self, project, name, settings):
-        """Send what is written to wandb too, to a new run or to `wandb_id`; name '': out_dir's last part."""
+    @property
+    def path(self):
+        return os.path.join(self.folder, "log.jsonl")
+
+    def start_wandb(self, settings):
+        """Send what is written to wandb too: to the run `wandb_id`, or to a new one if settings say so."""
         try:
             from wandb import Error, init  # not the package alone, which any folder named wandb would do for
         except ImportError:
             fail("wandb is not installed: pip install -r requirements.txt, or --wandb_log=False")
-        folder = os.path.dirname(os.path.abspath(self.path))
+        folder = os.path.abspath(settings["out_dir"])
+        earlier = None if settings["wandb_new_run"] else self.wandb_id
         try:
-            self.wandb = init(project=project, name=name or os.path.basename(folder), dir=folder,
-                              config=settings, id=self.wandb_id, resume="allow" if self.wandb_id else None)
+            self.wandb = init(project=settings["wandb_project"], dir=folder, config=settings, id=earlier,
+                              name=settings["wandb_run_name"] or os.path.basename(folder),
+                              resume="allow" if earlier else None)
         except Error as e:
             fail(f"wandb: {' '.join(str(e).split())} (or set WANDB_MODE=offline, or --wandb_log=False)")
         self.wandb_id = self.wandb.id
@@ -437,13 +553,17 @@ class Log:
             with open(self.path, "a", encoding="utf-8") as f:
                 f.write(json.dumps(record) + "\n")
         except OSError as e:
-            fail(f"cannot write {self.path} ({e.strerror}): make room, then --init_from=resume")
+            fail(f"cannot write {self.path} ({e.strerror}): {what_is_left(self.path)}")
         if self.wandb:
             self.wandb.log(record, step=record["step"])
         try:
-            self.show(record)
-        except OSError:  # the terminal is gone, or the reader of a pipe: nobody is told, and the run stops
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            if not self.lost:
+                self.show(record)
+        except OSError as e:  # a terminal is gone, or the reader of a pipe, or a disk is full: the run stops
+            self.lost = e
+            lose_output()
+            if not is_gone(e):
+                complain(f"cannot write the standard output ({e.strerror}): the run stops with a checkpoint")
             signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))  # which nohup has ignored
             os.kill(os.getpid(), signal.SIGHUP)
 
@@ -459,8 +579,11 @@ class Log:
                   f"{record['seconds_left'] / 60:.1f} min left", flush=True)
 
     def close(self):
+        """The last that a run does; ends the script if its output had no room."""
         if self.wandb:
             self.wandb.finish()
+        if self.lost and not is_gone(self.lost):
+            raise SystemExit(2)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -478,26 +601,35 @@ class Run:
     optimizer: torch.optim.Adam
     scaler: torch.amp.GradScaler  # idle unless the precision is float16
     step: int = 0  # updates made
+    l0: float = 1.0  # of the last update: to it the weights are pruned
     best: tuple = (1.0, math.inf)  # L0 and val loss of best.pt
     log: Log | None = None  # the first rank's
 
     def save(self, name):
-        """Write a checkpoint to out_dir. Nothing random is in it: all that is random in training is a
-        function of the seed and the step. Adam's moments have the names of their parameters."""
+        """Write a checkpoint to out_dir, if this is the first rank. Nothing random is in it: all that is
+        random in training is a function of the seed and the step. Adam's moments have the names of their
+        parameters."""
+        if not self.log:
+            return
         moments = {name: self.optimizer.state.get(p, {}) for name, p in self.model.named_parameters()}
-        write_checkpoint(os.path.join(self.settings["out_dir"], name), {
+        write_checkpoint(os.path.join(self.log.folder, name), {
             "model": self.model.state_dict(), "optimizer": {"state": moments},
             "scaler": self.scaler.state_dict(), "config": asdict(self.model.config),
-            "settings": self.settings, "step": self.step, "best_l0": self.best[0],
+            "settings": self.settings, "step": self.step, "l0": self.l0, "best_l0": self.best[0],
             "best_val_loss": self.best[1], "tokenizer_sha256": self.data.meta["tokenizer_sha256"],
+            "data": {split: self.data.meta[split] for split in ("train", "val")},
             "wandb_id": self.log.wandb_id, "torch": str(torch.__version__)})
+        if name == "ckpt.pt" and self.log.folder != self.settings["out_dir"]:
+            settle(self.settings["out_dir"])
+            self.log.folder = self.settings["out_dir"]
 
     def restore_(self, checkpoint):
         """Stand where a checkpoint of the same model stood; ends the script if its numbers do not fit.
 
         Adam's betas and eps stay those of the settings, which may have changed.
         """
-        parameters, moments = dict(self.model.named_parameters()), checkpoint["optimizer"]["state"]
+        parameters, moments = dict(self.model.named_parameters()), checkpoint["optimizer"].get("state")
+        moments = moments if type(moments) is dict else {None: None}
         if "param_groups" in checkpoint["optimizer"]:  # an older checkpoint, which numbers the parameters
             names = dict(enumerate(parameters))
             moments = {names.get(i, i): found for i, found in moments.items()}
@@ -512,9 +644,30 @@ class Run:
         if self.scaler.is_enabled() and checkpoint["scaler"]:
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.step, self.best = checkpoint["step"], (checkpoint["best_l0"], checkpoint["best_val_loss"])
+        self.l0 = checkpoint.get("l0", 1.0)  # of an older one unknown until the next update
         if self.step > (max_iters := self.settings["max_iters"]):
             fail(f"max_iters={max_iters} is less than the {self.step} updates that this run has made: raise "
                  "it")
+
+    def compare_with(self, checkpoint, changed, rates):
+        """Say what is not as it was when a run goes on: the settings that `changed`, in words, with the
+        `rates` before and now, and the data. The model of a run that was finished is kept. best.pt, if it is
+        of other data or if no model can be as sparse any more, is moved aside and begins anew."""
+        out_dir, then = self.settings["out_dir"], checkpoint.get("data", {})
+        if changed and self.step == self.settings["max_iters"]:
+            print(f"changed since the checkpoint: {changed} (but no updates are left: raise --max_iters)")
+        elif changed:
+            kept = keep_finished(out_dir, checkpoint, self.settings["max_iters"])
+            print(f"changed since the checkpoint: {changed} ({rates}){kept}")
+        other = self.data.differs_from(then)
+        if other:
+            print(f"{self.settings['dataset']} is not the data of the checkpoint: it had "
+                  f"{then['train']['tokens']:,} training tokens, now it has {len(self.data.train):,}")
+        if other or self.settings["target_l0_fraction"] > self.best[0]:
+            self.best = (1.0, math.inf)
+            aside = move_aside(out_dir, r"best\.pt")
+            print("best.pt begins anew: it is the best on other data, or sparser than this run can be"
+                  + (f"; it is now in {aside}" if aside else ""))
 
 
 def are_moments(found, p):
@@ -530,7 +683,7 @@ def write_settings(run):
     about = {"settings": run.settings, "torch": torch.__version__, "numpy": np.__version__,
              "python": platform.python_version(), "device": name_of_device(run.process.device),
              "commit": git("rev-parse", "HEAD"), "clean": None if changes is None else not changes}
-    path = os.path.join(run.settings["out_dir"], "settings.json")
+    path = os.path.join(run.log.folder, "settings.json")
     write_atomically(path, json.dumps(about, indent=2) + "\n")
 
 
@@ -553,43 +706,37 @@ def check_ranks_agree(run):
 # how a run ends
 
 
-@contextmanager
-def memory_errors_explained():
-    """Decorates a main that may run out of memory, the CPU's or the GPU's: one line then says what to do."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and not re.search("out of memory|can't allocate", str(e)):
-            raise
-        fail("out of memory: halve --batch_size, and double --gradient_accumulation_steps and --eval_iters, "
-             "which keeps the size of a step; or choose a smaller model")
+SMALLER_STEPS = (  # where memory does not suffice
+    "halve --batch_size, and double --gradient_accumulation_steps and --eval_iters, which keeps the size "
+    "of a step; or choose a smaller model")
 
 
 def stop(message, out_dir):
     """End a run that cannot go on, naming what is left of it: exit status 1. No checkpoint is written."""
     path = os.path.join(out_dir, "ckpt.pt")
-    left = f"the last good checkpoint is {path}" if os.path.exists(path) else "there is no checkpoint yet"
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}; {left}", file=sys.stderr, flush=True)
+    is_ours = os.path.exists(path) and not os.path.exists(os.path.join(out_dir, STARTING))
+    left = f"the last good checkpoint is {path}" if is_ours else "there is no checkpoint yet"
+    complain(f"{message}; {left}")
     raise SystemExit(1)
 
 
 class StopSignal:
     """Notes a signal, for the loop to see after the step. A second SIGINT or SIGTERM ends all at once.
 
+    SIGUSR1 is what schedulers send before the time is up, where SIGHUP is of the terminal.
     A scheduler that signals all processes reaches those of torchrun twice, as torchrun passes its own signal
     on: there, a second one counts only if it comes seconds later.
     """
 
     def __init__(self):
         self.received = None  # when
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
                 signal.signal(number, self.receive)
 
     def receive(self, number, frame):
-        grace = 5 if "LOCAL_RANK" in os.environ else 0
-        if number != signal.SIGHUP and self.received and time.monotonic() - self.received >= grace:
+        grace, ends = 5 if "LOCAL_RANK" in os.environ else 0, number in (signal.SIGINT, signal.SIGTERM)
+        if ends and self.received and time.monotonic() - self.received >= grace:
             os._exit(128 + number)
         self.received = self.received or time.monotonic()
 
@@ -608,6 +755,7 @@ class Readings:
         self.process, self.overflows = run.process, run.scaler.is_enabled()
         self.out_dir = run.settings["out_dir"]
         self.signal, self.unread = StopSignal(), []
+        self.unsaved = 0.0  # seconds since the last checkpoint, the same on all ranks
         self.wait, self.last_time = 1, time.monotonic()  # updates until the next reading; when the last was
 
     def add(self, step, loss, rms):
@@ -632,11 +780,20 @@ class Readings:
                 stop(f"at step {step} the loss is {loss} and the gradients' RMS {rms}", self.out_dir)
         self.wait = max(1, int(self.SECONDS * len(steps) / max(seconds, 1e-9)))
         self.unread, self.last_time = [], time.monotonic()
+        self.unsaved += seconds
         return loss, rms, stopping > 0
 
+    def ask_for_checkpoint(self, minutes):
+        """Whether, when last read, it was `minutes` since a checkpoint: the count then begins anew."""
+        asked = 0 < 60 * minutes <= self.unsaved
+        self.unsaved = 0.0 if asked else self.unsaved
+        return asked
 
-def resume_command():
-    """The command line of this run, with --init_from=resume."""
+
+def say_how_to_go_on(run):
+    """Print the command line of this run, with --init_from=resume."""
+    if run.process.rank != 0:
+        return
     launcher = ["python"]
     if "LOCAL_WORLD_SIZE" in os.environ:
         launcher = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
@@ -644,4 +801,5 @@ def resume_command():
         launcher += [f"--nnodes={os.environ['GROUP_WORLD_SIZE']}", "--rdzv_backend=c10d",
                      "--rdzv_endpoint=HOST:29400"]
     arguments = [a for a in sys.argv if not a.startswith("--init_from=")]
-    return shlex.join([*launcher, *arguments, "--init_from=resume"])
+    command = shlex.join([*launcher, *arguments, "--init_from=resume"])
+    tell(f"stopped before step {run.step}; go on with: {command}")

@@ -10,7 +10,7 @@ import tiktoken
 import torch
 
 import kernels
-from configurator import configure, fail, one_line
+from configurator import configure, ends_explained, fail, one_line
 from runs import load_checkpoint, load_start, model_of, this_process
 from tokenizer import PLUG_IN, load_tokenizer, read_tokenizer, token_bytes, tokenizer_in
 
@@ -37,13 +37,19 @@ def check_sampling():
         fail(f"seed={seed} must have at most 63 bits")
 
 
-def load_model():
-    """The model to sample from, and its tokenizer."""
-    if init_from == "resume" and not os.path.exists(os.path.join(out_dir, "beeg_config.json")):
+def load_model(given):
+    """The model to sample from, and its tokenizer. `given` are the names of the settings that were set."""
+    if init_from == "resume" and os.path.exists(os.path.join(out_dir, "beeg_config.json")):
+        model, path = load_start(out_dir)
+    elif init_from == "resume":
         model = model_of(load_checkpoint(os.path.join(out_dir, checkpoint)))
         path = tokenizer_in(out_dir)
+    elif "out_dir" in given:
+        fail("init_from and out_dir name a model each: leave one of them out")
     else:
-        model, path = load_start(out_dir if init_from == "resume" else init_from)
+        model, path = load_start(init_from, checkpoint if "checkpoint" in given else None)
+    if not all(p.isfinite().all() for p in model.parameters()):
+        fail("the model has weights that are no numbers, as of a training that exploded: choose another")
     try:
         if not model.tokenizer_sha256:  # a released model names a tiktoken encoding
             if model.tokenizer_name not in tiktoken.list_encoding_names():
@@ -78,11 +84,12 @@ def read_prompt(tokenizer, block_size):
     return torch.tensor([ids])
 
 
+@ends_explained("choose a smaller --max_new_tokens, or --device=cpu")
 def main():
-    configure(globals())
+    given = configure(globals())
     check_sampling()
     process = this_process(device, dtype)
-    model, tokenizer = load_model()
+    model, tokenizer = load_model(given)
     prompt = read_prompt(tokenizer, model.config.block_size).to(process.device)
     model.to(process.device)
     kernels.enabled = fast_kernels
@@ -101,7 +108,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (BrokenPipeError, KeyboardInterrupt):  # the reader has seen enough
-        os._exit(130)
+    main()

@@ -6,9 +6,8 @@
 
 Any setting below is changed in a config file or by a flag: --target_l0_fraction=1/32. A run that was
 interrupted goes on with the same command and --init_from=resume. All nodes must see data/ and out_dir. In
-the order of the file: the settings, the method (two schedules and the update), the order of the data, the
-loop, and the start, which builds what the loop needs. What a run stands on is in runs.py, what is measured
-of it in measures.py.
+the order of the file: the settings, the method, the order of the data, the loop, and the start, which
+builds what the loop needs. What a run stands on is in runs.py, what is measured of it in measures.py.
 """
 import math
 import os
@@ -24,7 +23,7 @@ import configurator
 import kernels
 import measures
 import runs
-from configurator import fail
+from configurator import ends_explained, fail
 from model import GPT, NODE_LOCATIONS, GPTConfig
 from tokenizer import tokenizer_in
 
@@ -72,9 +71,10 @@ max_iters = 10000  # updates
 seed = 1337  # of the weights and of the order of the data
 # evaluation, checkpoints, logs
 out_dir = "out"  # ckpt.pt, best.pt, log.jsonl, settings.json and tokenizer.json are written here
-init_from = "scratch"  # or 'resume': out_dir's run goes on; or an out_dir, a checkpoint or the folder of a
-#                        released model, with whose weights a new run begins
+init_from = "scratch"  # or 'resume': out_dir's run goes on; 'auto': if there is one; or an out_dir, a
+#                        checkpoint or the folder of a released model, with whose weights a new run begins
 eval_interval = 250  # updates between evaluations, with a checkpoint at each
+checkpoint_minutes = 30.0  # after which there is one between evaluations too; 0: never
 eval_iters = 20  # micro-batches of each split in an evaluation
 log_every_n_steps = 1  # loss, rates, activation statistics
 log_gradients_every_n_steps = 10
@@ -83,6 +83,7 @@ log_sparsity_every_n_steps = 50
 wandb_log = False
 wandb_project = "weight-sparse"
 wandb_run_name = ""  # '': the last part of out_dir
+wandb_new_run = False  # True: a run that goes on is a new one there, as that of a copy of out_dir is
 # system
 device = "auto"  # 'auto', 'cpu', 'cuda', 'cuda:1'; under torchrun each rank takes the GPU of its number
 dtype = "auto"  # of autocast: 'float32', 'bfloat16', 'float16'; 'auto' is float32 on a CPU, else the best
@@ -94,7 +95,7 @@ DEFAULTS = configurator.settings_of(globals())
 MODEL_SETTINGS = [f.name for f in fields(GPTConfig) if f.name in DEFAULTS]
 # what has no parameters: a new run that begins with the weights of a model may set these otherwise
 CHANGEABLE = {"dropout", "activation_topk_fraction", "activation_sparsity_locations"}
-WHERE = {"out_dir", "init_from"}  # of this command alone: a run that goes on does not keep them
+WHERE = {"out_dir", "init_from", "wandb_new_run"}  # of this command alone: no run that goes on keeps them
 
 # ----------------------------------------------------------------------------------------------------------
 # the method: two schedules and the step
@@ -236,7 +237,7 @@ def evaluate_and_save(run):
     losses = measures.estimate_loss(run.model, run.data, run.process, eval_iters, batch_size)
     if not math.isfinite(losses["val/loss"]):
         runs.stop(f"at step {run.step} the val loss is {losses['val/loss']}", out_dir)
-    result = l0_at(max(run.step - 1, 0)), losses["val/loss"]  # the last update made was step - 1
+    result = max(run.l0, target_l0_fraction), losses["val/loss"]  # sparser than the target is no merit
     is_best = result < run.best  # a lower L0 wins whatever its loss, then the lower loss
     run.best = min(result, run.best)
     if run.log:
@@ -257,6 +258,7 @@ def train(run):
     while True:
         if evaluates(run.step):
             evaluate_and_save(run)
+            readings.unsaved = 0.0
         if run.step == max_iters:
             break
 
@@ -265,7 +267,7 @@ def train(run):
         if run.log and due(step, log_gradients_every_n_steps):
             record |= measures.gradient_statistics(run.model, run.scaler.get_scale())
         rms = update_(run.model, run.optimizer, run.scaler, step)
-        run.step += 1
+        run.step, run.l0 = step + 1, l0_at(step)
 
         # on a GPU all this is only under way: to read a number waits for it. Before an evaluation all are
         # read, as a checkpoint follows; and all ranks come here at the same steps
@@ -281,11 +283,11 @@ def train(run):
         if due(step, log_every_n_steps):
             seconds, updates = 0.0, 0
 
-        if stopping:
+        if stopping or readings.ask_for_checkpoint(checkpoint_minutes):
             runs.check_ranks_agree(run)
-            if run.log:
-                run.save("ckpt.pt")
-                print(f"stopped before step {run.step}; go on with: {runs.resume_command()}", flush=True)
+            run.save("ckpt.pt")
+        if stopping:
+            runs.say_how_to_go_on(run)
             break
 
 
@@ -302,9 +304,9 @@ def check_training(world_size):
          lambda v: 0 <= v <= 1, "must lie between 0 and 1"),
         ("beta1 beta2", lambda v: 0 <= v < 1, "must be at least 0 and less than 1"),
         ("target_l0_fraction", lambda v: 0 < v <= 1, "must be more than 0 and at most 1; 1 trains dense"),
-        ("learning_rate eps weight_decay grad_clip_rms min_weights_per_neuron log_every_n_steps",
+        ("learning_rate eps weight_decay grad_clip_rms log_every_n_steps checkpoint_minutes",
          lambda v: 0 <= v < 1e18, "must be at least 0 and less than 1e18"),  # the largest float32 is 3e38
-        ("seed", lambda v: 0 <= v < 2**63, "must not be negative, nor more than 63 bits"),
+        ("seed min_weights_per_neuron", lambda v: v >= 0, "must not be negative"),
         ("log_gradients_every_n_steps log_weights_every_n_steps log_sparsity_every_n_steps",
          lambda v: v >= 0, "must not be negative; 0 never logs"),
         ("sparsity_anneal_end_fraction", lambda v: v >= sparsity_anneal_start_fraction,
@@ -349,18 +351,15 @@ def rates_after(step):
 
 
 def begin(run, checkpoint, before):
-    """What the first rank does at the start: out_dir, the log, and what is printed.
-
-    `before` says where the schedules of the `checkpoint` stood, if the run goes on from one.
-    """
-    if not checkpoint:
-        runs.start_out_dir(out_dir, run.data.tokenizer)
-    elif changed := configurator.difference(globals(), checkpoint["settings"], but=WHERE):
-        kept = runs.keep_finished(out_dir, checkpoint, max_iters)
-        print(f"changed since the checkpoint: {changed} ({before} -> {rates_after(run.step)}){kept}")
-    run.log = runs.Log(out_dir, run.step, evaluates(run.step), checkpoint and checkpoint.get("wandb_id"))
+    """What the first rank does at the start: out_dir, the log, and what is printed. `before` says where the
+    schedules of the `checkpoint` stood, if the run goes on from one."""
+    folder = out_dir if checkpoint else runs.start_out_dir(out_dir, run.data.tokenizer)
+    run.log = runs.Log(folder, run.step, evaluates(run.step), checkpoint and checkpoint.get("wandb_id"))
     if wandb_log:
-        run.log.start_wandb(wandb_project, wandb_run_name, run.settings)
+        run.log.start_wandb(run.settings)
+    if checkpoint:
+        changed = configurator.difference(globals(), checkpoint["settings"], but=WHERE)
+        run.compare_with(checkpoint, changed, f"{before} -> {rates_after(run.step)}")
     runs.write_settings(run)
     print(f"settings that are not the defaults: {configurator.difference(globals(), DEFAULTS)}")
     n = sum(p.numel() for p in run.model.parameters())
@@ -370,9 +369,10 @@ def begin(run, checkpoint, before):
           f"{run.process.world_size} x {run.process.device.type}, {run.process.dtype}", flush=True)
 
 
-@runs.memory_errors_explained()
+@ends_explained(runs.SMALLER_STEPS)
 def main():
     given = configurator.configure(globals())
+    globals()["init_from"] = runs.chosen_start(init_from, out_dir)
     checkpoint, start, earlier = None, None, {}  # earlier: settings to go on with, but for those given now
     if init_from == "resume":
         checkpoint = runs.load_checkpoint(os.path.join(out_dir, "ckpt.pt"))
@@ -389,7 +389,7 @@ def main():
     data = runs.load_data(os.path.join("data", dataset), block_size)
     torch.manual_seed(seed)  # for the weights
     if start:
-        runs.check_start(start, tokenizer_path, data.meta)
+        runs.check_start(start, tokenizer_path, os.path.join("data", dataset), data.meta)
     model = build_model(start, data.meta["vocab_size"], given).to(process.device)
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
     run = runs.Run(configurator.settings_of(globals()), process, data, model, build_optimizer(model), scaler)
@@ -400,10 +400,10 @@ def main():
             begin(run, checkpoint, before)
         checkpoint = start = None  # which take four times the memory of the model
         train(run)
-    if run.log:
-        run.log.close()
     if dist.is_initialized():
         dist.destroy_process_group()
+    if run.log:
+        run.log.close()
 
 
 if __name__ == "__main__":

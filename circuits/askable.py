@@ -18,7 +18,7 @@ from circuits.controls import baselines
 from circuits.loaded import load
 from circuits.search import loss_at
 from circuits.tasks import FEWEST, TARGET, Source, read_task
-from configurator import check_rules, configure
+from configurator import check_rules, configure, ends_explained
 from tokenizer import spell
 
 out_dir = "out"  # of the training run; or the folder of a released model
@@ -192,6 +192,7 @@ def print_tasks(loaded, nodes):
         print(f"{line_of(spec['name'], row)}   {able}", flush=True)
 
 
+@ends_explained()
 def main():
     configure(globals())
     check_rules(globals(), (("number", lambda v: v >= 1, "must be at least 1"),

@@ -16,7 +16,7 @@ import torch
 
 from circuits.nodes import hooks, node_sites
 from circuits.saved import load_circuit
-from configurator import check_rules, configure, fail
+from configurator import check_rules, configure, ends_explained, fail
 from model import attention_weights
 
 text = "val"  # of the first model; 'task': the contexts of its circuit
@@ -184,6 +184,7 @@ def print_matches(a, b):
                   f"{sum(row['in_circuit'] for row in some)} are in the other circuit")
 
 
+@ends_explained()
 def main():
     paths = [arg for arg in sys.argv[1:] if not arg.startswith("--")]
     configure(globals(), [arg for arg in sys.argv[1:] if arg.startswith("--")])

@@ -111,8 +111,9 @@ def attention_kept(nodes, gates, contexts):
     return found
 
 
-def faithfulness(nodes, gates, contexts, seed):
-    """Whether the circuit errs where the whole model errs, and gets better as nodes are given back to it."""
+def faithfulness(nodes, gates, contexts, seed, fit=(1.0, 0.0)):
+    """Whether the circuit with its `fit` errs where the whole model errs, and, without it, gets better as
+    nodes are given back."""
     off = (gates[:nodes.nodes] == 0).nonzero()[:, 0]
     generator, losses = torch.Generator().manual_seed(seed), {share: [] for share in GIVEN_BACK}
     for _ in range(DRAWS):
@@ -121,7 +122,7 @@ def faithfulness(nodes, gates, contexts, seed):
             more = gates.clone()
             more[order[:int(share * len(off))]] = 1
             losses[share].append(loss_of(nodes.judge(contexts, more)).mean().item())
-    return agreement(nodes, gates, contexts) | {
+    return agreement(nodes, gates, contexts, fit) | {
         "attention": attention_kept(nodes, gates, contexts),
         "given_back": {str(share): values for share, values in losses.items()}}
 
@@ -156,7 +157,7 @@ def rest_otherwise(nodes, gates, contexts, text, fit, seed):
     """
     generator, found = torch.Generator().manual_seed(seed), {}
     n = len(contexts)
-    shifted = (torch.arange(n) + torch.randint(1, n, (1,), generator=generator)) % n
+    shifted = (torch.arange(n) + torch.randint(1, n, (n,), generator=generator)) % n  # never its own
     others = contexts[shifted.to(nodes.device)]
     rows = torch.randint(len(text), (n,), generator=generator).to(nodes.device)
     texts = replace(contexts, idx=text.idx[rows, -contexts.idx.size(1):])
@@ -211,7 +212,7 @@ def embedding_weights(nodes, gates, contexts):
 
 
 FARTHEST = (2, 4, 8, 16, 32, 64, 2**30)  # tokens back: the steps in which attention by distance is told
-LISTED = 8  # tokens of a head
+LISTED, LITTLE = 8, 0.01  # tokens of a head; what adds less than this share of the most is left out
 
 
 @torch.no_grad()
@@ -221,7 +222,7 @@ def heads_of(nodes, gates, contexts, tokenizer):
     "tokens": rows [token, attention, [value of each kept channel], what one unit of attention to it adds to
     the logit of the answer of lower id less that of the other, number of contexts], of those tokens that
     add most in all. What it adds is the direct path: value, kept weights out, norm, unembedding. "distance":
-    [tokens back, mean attention to these tokens], up to that distance from the one before.
+    [tokens back, mean attention to the first of these tokens], up to that distance from the one before.
     """
     inside, model, found = nodes.activations(contexts, gates), nodes.model, {}
     real = torch.arange(contexts.idx.size(1), device=nodes.device) <= contexts.last[:, None]
@@ -245,8 +246,10 @@ def heads_of(nodes, gates, contexts, tokenizer):
             return x.new_zeros(len(ids)).index_add_(0, which, x) / times
 
         share, added, values = mean(attention), mean(adds), [mean(inside[site][:, c]) for c in channels]
-        top = (share * added * times).abs().argsort(descending=True)[:LISTED].tolist()
-        listed = torch.isin(which, torch.tensor(top, device=nodes.device))
+        in_all = (share * added * times).abs()
+        top = [i for i in in_all.argsort(descending=True)[:LISTED].tolist()
+               if in_all[i] >= LITTLE * in_all.max()]
+        listed = torch.isin(which, torch.tensor(top[:1], device=nodes.device))
         steps = [(back < far) & (back >= near) & listed
                  for near, far in zip((0, *FARTHEST), FARTHEST, strict=False)]
         found[f"{block}.{head}"] = {
@@ -267,11 +270,12 @@ def final_rms(nodes, gates, contexts):
     return torch.stack(seen).mean()
 
 
-def interventions(nodes, gates, contexts):
+def interventions(nodes, gates, contexts, fit=(1.0, 0.0)):
     """Results when kept nodes are removed or reversed: for each query, key, value and neuron, and for all
     queries, keys or values of a head together. A list of dicts.
 
-    In the whole model and in the circuit, with the accuracy for either answer, that of the lower id first.
+    In the whole model and in the circuit with its `fit`, with the accuracy for either answer, that of the
+    lower id first.
     For queries and keys also the mean attention of their head, in the whole model, to the token that it
     attends to most when nothing is done.
     """
@@ -294,6 +298,8 @@ def interventions(nodes, gates, contexts):
                     after = before.clone()
                     nodes.split(after)[name][group] = value
                     logits = nodes.judge(contexts, after)
+                    if where == "circuit":
+                        logits = apply_fit(logits, contexts.sides(), *fit)
                     record[f"{what}_in_{where}"] = result(logits) | {"accuracy_of_each": [
                         result(logits[contexts.sides() == side])["accuracy"] for side in (1, -1)]}
                     if where == "whole" and location in ("attn_q", "attn_k"):
@@ -430,14 +436,14 @@ def without_searches(nodes, gates, sets, beyond, fit, seed):
         "without_random": without_random, "random": random,
         "random_edges": random_edges(nodes, gates, judging, seed),
         "otherwise": rest_otherwise(nodes, gates, judging, beyond["ordinary text"], fit, seed),
-        "faithfulness": faithfulness(nodes, gates, judging, seed),
+        "faithfulness": faithfulness(nodes, gates, judging, seed, fit),
         "beyond": {name: {"circuit": agreement(nodes, gates, contexts, fit),
                           "nothing": agreement(nodes, 0 * gates, contexts)}
                    for name, contexts in beyond.items()},
         "survival": {name: {c: round(x[c].item(), 4) if x[c].isfinite() else None
                             for c in nodes.kept(gates)[name]}
                      for name, x in survival(nodes, judging, gates).items() if name in nodes.kept(gates)},
-        "interventions": interventions(nodes, gates, judging)}
+        "interventions": interventions(nodes, gates, judging, fit)}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -502,7 +508,7 @@ def print_heads(heads):
         for token, share, values, adds, times in of["tokens"]:
             print(f"    {token:16}{share:6.2f}   {' '.join(f'{v:+.2f}' for v in values)}   {adds:+.2f}"
                   f"   in {times} places")
-        print("    attention to these tokens by distance: " + ", ".join(
+        print(f"    attention to {of['tokens'][0][0]} by distance: " + ", ".join(
             f"under {far} back {share:.2f}" if far < 2**30 else f"farther {share:.2f}"
             for far, share in of["distance"]))
 

@@ -16,9 +16,11 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
+from circuits.loaded import load
 from circuits.nodes import hooks, node_sites, weights_between
+from circuits.saved import circuit_of, record_at
 from configurator import configure, fail
-from runs import load_run, this_process, write_atomically
+from runs import write_atomically
 
 circuit = ""  # the path of a circuit.json
 page = ""  # where to write the page; '': circuit.html, beside it
@@ -33,7 +35,8 @@ QUANTILES = (1.0, 0.999, 0.99, 0.9, 0.5, 0.1, 0.01, 0.001, 0.0)
 EACH = 5  # contexts of a quantile
 BINS = 40
 SHOWN = ("task", "target_loss", "fit", "ablation", "answers", "answer_ids", "nodes", "edges", "scale",
-         "shift", "hard", "curve", "edge_costs", "node_costs", "table", "caveats")  # of the record
+         "shift", "hard", "curve", "runs", "whole_train_loss", "edge_costs", "node_costs", "table", "caveats",
+         "warnings")  # of the record
 
 # ----------------------------------------------------------------------------------------------------------
 # arrays: all in one gzip, in base64
@@ -71,6 +74,17 @@ def parameters_of(model, arrays):
     return {name: arrays.sparse(p) for name, p in named.items() if name != "bigram_table"}
 
 
+def ends_of(model, kept, arrays):
+    """What a page without the model needs of it, to say what the kept channels of the stream have to do with
+    tokens: their part of embedding, unembedding and the last norm's gain."""
+    on = torch.zeros(model.config.d_model)
+    for site, channels in kept.items():
+        if site.endswith(("_in", "_out")):
+            on[channels] = 1
+    return {name: arrays.sparse(p * on) for name, p in model.named_parameters()
+            if name in ("transformer.wte.weight", "lm_head.weight", "transformer.ln_f.weight")}
+
+
 def bigrams_of(model, answers, arrays):
     """The bigram table: exact in the columns of the answers, else rounded, or left out if it is large."""
     if not model.config.use_bigram_table:
@@ -101,14 +115,14 @@ def contexts_of(record, data, block_size):
 
 
 @torch.no_grad()
-def values_on(model, kept, texts, device):
+def values_on(model, kept, texts):
     """site -> values (texts, T, kept channels) in the whole model; a text is a list of ids."""
     T = max(map(len, texts))
-    idx = torch.tensor([ids + [0] * (T - len(ids)) for ids in texts], device=device)
+    idx = torch.tensor([ids + [0] * (T - len(ids)) for ids in texts])
     found = {site: [] for site in kept}
 
     def keep(site):
-        return lambda x: found[site].append(x[..., kept[site]].float().cpu())
+        return lambda x: found[site].append(x[..., kept[site]].float())
 
     modules = node_sites(model)
     with hooks([(modules[site], keep(site)) for site in kept]):
@@ -137,13 +151,13 @@ def histogram(x, low, high):
     return (counts / max(1, counts.sum())).round(5).tolist()
 
 
-def describe_nodes(model, record, data, contexts, arrays, device):
+def describe_nodes(model, record, data, contexts, arrays):
     """'site.channel' -> its values on ordinary text and on the task; and the ordinary texts."""
     kept, T = record["nodes"], model.config.block_size
     starts = np.linspace(0, len(data.val) - T - 1, min(TOKENS // T, len(data.val) // T)).astype(int)
     texts = [data.val[s:s + T].tolist() for s in starts]
-    ordinary = values_on(model, kept, texts, device)
-    task = values_on(model, kept, [ids for ids, _ in contexts], device)
+    ordinary = values_on(model, kept, texts)
+    task = values_on(model, kept, [ids for ids, _ in contexts])
     last = np.array([len(ids) - 1 for ids, _ in contexts])
     first = np.array([right < other for _, (right, other) in contexts])  # of the lower id
     if "positions" in record["contexts"]:
@@ -178,44 +192,35 @@ def describe_nodes(model, record, data, contexts, arrays, device):
 
 
 @torch.no_grad()
-def token_table(model, record, contexts, device):
-    """What queries, keys and values of the first block are in the circuit for each token, before anything is
-    attended to: channel names, the mean over positions (vocab_size, channels), and by position for the
-    most telling tokens. Values of the attn_in nodes come first.
+def token_table(nodes, gates, contexts):
+    """What attn_in, queries, keys and values of the first block are in the circuit for each token: names of
+    the kept channels, the mean over positions (vocab_size, channels), and all of it by position.
     """
+    model, kept, parts = nodes.model, nodes.kept(gates), nodes.split(gates)
     config, block = model.config, model.transformer.h[0]
     first = [f"0.attn.attn_{name}" for name in ("in", "q", "k", "v")]
-    sites = [site for site in record["nodes"] if site in first]
-    if not any(site.endswith(("q", "k", "v")) for site in sites):
+    channels = [f"{site}.{c}" for site in first for c in kept.get(site, [])]
+    if not any(site in kept for site in first[1:]):
         return None
-    modules, zero = node_sites(model), record["ablation"] == "zero"
-    needed = set(map(tuple, record["edges"]))
-    removed = {site: [(i, o, weight) for a, i, b, o, weight in weights_between(model, record["nodes"])
-                      if b == site and (a, i, b, o) not in needed] for site in first[1:]}
-    read = torch.tensor(record["means"]["0.attn.attn_in"], device=device) * (0 if zero else 1)
+    rows = []
 
-    def gate(site, x):
-        mean = torch.tensor(record["means"][site], device=device) * (0 if zero else 1)
-        on = torch.zeros(len(mean), device=device)
-        on[record["nodes"].get(site, [])] = 1
-        return on * x + (1 - on) * mean
+    def gate(site):
+        def pass_gate(x):
+            x = parts[site] * x + (1 - parts[site]) * nodes.ablated[site]
+            rows.append(x[0, :, kept.get(site, [])])
+            return x
+        return pass_gate
 
     positions = range(config.block_size) if config.use_positional_embeddings else range(1)
-    found = []
-    for position in positions:
-        x = model.transformer.wte.weight + model.transformer.wpe(torch.tensor([position], device=device))
-        h = gate("0.attn.attn_in", modules["0.attn.attn_in"](block.ln_1(x)))
-        values = {"0.attn.attn_in": h}
-        for name, y in zip("qkv", block.attn.c_attn(h).chunk(3, dim=-1), strict=True):
-            site, y = f"0.attn.attn_{name}", y.clone()
-            for i, o, weight in removed[site]:
-                y[:, o] += weight * (read[i] - h[:, i])
-            values[site] = gate(site, modules[site](y))
-        found.append(torch.cat([values[site][:, record["nodes"][site]] for site in sites], dim=1).cpu())
-    found = torch.stack(found)  # (positions, vocab_size, channels)
+    with hooks([(nodes.sites[site], gate(site)) for site in first]), hooks(nodes.removals(gates), both=True):
+        for position in positions:
+            x = model.transformer.wte.weight + model.transformer.wpe(torch.tensor([position]))
+            q, k, v = block.attn.c_attn(block.attn.attn_in(block.ln_1(x[None]))).chunk(3, dim=-1)
+            for module, y in ((block.attn.attn_q, q), (block.attn.attn_k, k), (block.attn.attn_v, v)):
+                module(y)
+    found = torch.cat(rows, dim=1).view(config.vocab_size, len(positions), -1).transpose(0, 1)
     seen = np.bincount(np.concatenate([ids for ids, _ in contexts]), minlength=config.vocab_size)
-    return {"channels": [f"{site}.{c}" for site in sites for c in record["nodes"][site]], "seen": seen,
-            "mean": found.mean(0).numpy(), "by_position": found.numpy()}
+    return {"channels": channels, "seen": seen, "mean": found.mean(0).numpy(), "by_position": found.numpy()}
 
 
 def put_tokens(table, arrays):
@@ -237,28 +242,29 @@ def put_tokens(table, arrays):
 
 def content(record, model, data, arrays):
     """All that the page shows, as JSON can hold it."""
-    device = next(model.parameters()).device
+    nodes, gates = circuit_of(record, model)
     contexts = contexts_of(record, data, model.config.block_size)
-    nodes, texts = describe_nodes(model, record, data, contexts, arrays, device)
+    values, texts = describe_nodes(model, record, data, contexts, arrays)
     answers = sorted({i for _, pair in contexts for i in pair} | set(record["answer_ids"]))
-    live = sum(int(p.count_nonzero()) for name, p in model.named_parameters() if name != "bigram_table")
+    number = sum(int(p.count_nonzero()) for name, p in model.named_parameters() if name != "bigram_table")
+    live = number <= LIVE
     longest = max(len(ids) for ids, _ in contexts)
     padded = np.array([ids + [0] * (longest - len(ids)) for ids, _ in contexts])
-    shown = {key: record[key] for key in SHOWN if key in record}
     return {
-        "record": shown,
-        "accuracy": {name: record["results"][name]["accuracy"] for name in ("circuit", "whole")},
+        "record": {key: record[key] for key in SHOWN if key in record},
+        "results": {name: record["results"][name]
+                    for name in ("circuit", "circuit_fitted", "whole") if name in record["results"]},
         "config": asdict(model.config), "tokenizer": json.loads(data.tokenizer),
-        "live": live <= LIVE, "nonzeros": live,
-        "parameters": parameters_of(model, arrays) if live <= LIVE else {},
-        "bigrams": bigrams_of(model, answers, arrays) if live <= LIVE else None,
+        "live": live, "nonzeros": number, "most": LIVE,
+        "parameters": parameters_of(model, arrays) if live else ends_of(model, record["nodes"], arrays),
+        "bigrams": bigrams_of(model, answers, arrays) if live else None,
         "means": {site: arrays.add(mean, "float32") for site, mean in record["means"].items()},
-        "reads": {site: arrays.add(mean, "float32") for site, mean in record.get("reads", {}).items()},
-        "weights": weights_between(model, record["nodes"]), "values": nodes, "ordinary": texts,
+        "reads": {site: arrays.add(mean, "float32") for site, mean in record["reads"].items()},
+        "weights": weights_between(model, record["nodes"]), "values": values, "ordinary": texts,
         "quantiles": QUANTILES,
         "contexts": {"ids": arrays.add(padded, "uint16"), "lengths": [len(ids) for ids, _ in contexts],
                      "answers": [list(pair) for _, pair in contexts], "split": record["contexts"]["split"]},
-        "tokens": put_tokens(token_table(model, record, contexts, device), arrays),
+        "tokens": put_tokens(token_table(nodes, gates, contexts), arrays),
     }
 
 
@@ -271,7 +277,7 @@ def digests(text, tag):
 def write(record, model, data, path):
     """Write the page of a circuit to `path`; returns the number of its bytes.
 
-    record: what circuit.json holds; model: in eval mode; data: as runs.load_data returns it.
+    record: what circuit.json holds; model: in eval mode, on the CPU; data: as runs.load_data returns it.
     """
     arrays = Arrays()
     found = json.dumps(content(record, model, data, arrays), separators=(",", ":"), allow_nan=False)
@@ -289,20 +295,13 @@ def write(record, model, data, path):
 
 def main():
     configure(globals())
-    try:
-        with open(circuit, encoding="utf-8") as f:
-            record = json.load(f)
-        if record["format"] != 2:
-            raise ValueError(f"its format is {record['format']}, not 2")
-        place, checkpoint = os.path.split(record["model"])
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        fail(f"cannot make a page of circuit={circuit!r} ({type(e).__name__}: {e}): give a circuit.json of "
-             "circuit.py")
-    this_process("cpu", "float32")
-    _, model, data = load_run(place, checkpoint)
-    model.eval().requires_grad_(False)
-    path = page or os.path.join(os.path.dirname(circuit), "circuit.html")
-    print(f"wrote {path} | {write(record, model, data, path) / 1e6:.2f} MB")
+    with record_at(circuit) as record:
+        loaded = load(*os.path.split(record["model"]), device="cpu", dataset=record["dataset"])
+        if loaded.sha256 != record["sha256"]:
+            fail(f"{loaded.path} has changed since {circuit} was written: run circuit.py again")
+        path = page or os.path.join(os.path.dirname(circuit), "circuit.html")
+        size = write(record, loaded.model, loaded.data, path)
+    print(f"wrote {path} | {size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

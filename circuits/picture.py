@@ -5,14 +5,14 @@
 circuit.py calls `describe` for what is drawn, which it keeps in circuit.json, and `draw`. A node that reads
 the residual stream stands beside the tokens that write most to its channel. The legend says the rest.
 """
-import json
 import os
 
 import torch
 
 from circuits.nodes import matrices
+from circuits.saved import record_at
 from circuits.search import apply_fit
-from configurator import configure, fail
+from configurator import configure
 from figures import new_figure, save
 from tokenizer import spell
 
@@ -23,7 +23,9 @@ TOKENS = 4  # spelled at a node
 EXAMPLES = 2  # of each answer
 NUMBERED = 80  # fewer weights than this bear their numbers
 COLORS = {True: "#1f5fa8", False: "#c0392b"}  # of positive and negative
-WIDTH = 225  # characters in a line of a context
+WIDTH = 165  # characters in a line of a context
+HEADS, ROWS, VALUES = 3, 6, 4  # at most, in the table of what heads find
+STRONGEST = 120  # edges that are drawn; of a larger circuit the rest is left out, and the title says so
 SITES = {  # location -> what its column is called, and its place among those of a block
     "attn_in": ("attention reads", 0), "attn_q": ("query", 1), "attn_k": ("key", 1), "attn_v": ("value", 1),
     "attn_out": ("attention writes", 2), "mlp_in": ("MLP reads", 3), "mlp_neuron": ("neuron", 4),
@@ -32,7 +34,8 @@ LEGEND = """Blue is positive, red negative; a line is as thick as its weight tim
 that it comes from; dashed: a channel of the residual stream. 3/17: three of a node's 17 weights are in the
 circuit. Under queries, keys and neurons the tokens at which they are largest and smallest; under values
 those of which the last token reads most by them. Contexts: the darker a token, the more is attended to it;
-what the values are there; what comes next, and by how much the circuit prefers it to the other answer."""
+what comes next, and by how much the circuit, its logits fitted, prefers it to the other answer. The table:
+what the last token finds by a head, how much it attends to it, what the values are there, what that adds."""
 
 # ----------------------------------------------------------------------------------------------------------
 # what is drawn
@@ -191,8 +194,8 @@ def draw_lines(axis, record, at, answers):
             axis.plot([x0, x1], [y0, y1], style, color=COLORS[w > 0], zorder=1, alpha=0.75,
                       linewidth=0.4 + 3.6 * abs(w) * spread / most)
             if len(lines) < NUMBERED:
-                near = 0.2 if crowd[x0] >= crowd[x1] else 0.78  # where the lines are apart
-                axis.text(x0 + near * (x1 - x0), y0 + near * (y1 - y0), f"{w:+.2g}", fontsize=5.5,
+                near = 0.3 if crowd[x0] >= crowd[x1] else 0.72  # where the lines are apart
+                axis.text(x0 + near * (x1 - x0), y0 + near * (y1 - y0), f"{w:+.2g}", fontsize=7,
                           ha="center", va="center", color=COLORS[w > 0],
                           bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3, "alpha": 0.8})
 
@@ -201,10 +204,10 @@ def draw_tokens(axis, xy, offset, tokens, align):
     """A row of [token, number], coloured by sign, from `offset` (points): to the right if aligned left."""
     x, y = offset
     for token, number in tokens if align == "left" else reversed(tokens):
-        axis.annotate(token, xy, xytext=(x, y), textcoords="offset points", fontsize=6.5, family="monospace",
+        axis.annotate(token, xy, xytext=(x, y), textcoords="offset points", fontsize=7.5, family="monospace",
                       color=COLORS[number > 0], ha=align, va="center", parse_math=False, zorder=4,
                       bbox={"facecolor": "0.95", "edgecolor": "none", "pad": 0.8})
-        x += (3.95 * len(token) + 6) * (1 if align == "left" else -1)
+        x += (4.55 * len(token) + 6) * (1 if align == "left" else -1)
 
 
 def draw_nodes(axis, record, at):
@@ -220,11 +223,11 @@ def draw_nodes(axis, record, at):
         some, of = shown["edges_of_node"].get(name, (0, 0))
         if some < of:
             label += f"\n{some}/{of}"
-        axis.text(x, y, label, fontsize=6 if "," not in label else 7.5, ha="center", va="center", zorder=3,
+        axis.text(x, y, label, fontsize=8, ha="center", va="center", zorder=3,
                   bbox={"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "0.3"})
         for line, positive in enumerate((True, False)):
             tokens = [pair for pair in shown["extremes"].get(name, []) if (pair[1] > 0) == positive]
-            draw_tokens(axis, (x, y), (-42, -19 - 11 * line), tokens, "left")
+            draw_tokens(axis, (x, y), (-42, -20 - 12 * line), tokens, "left")
         if x == 0 and location.endswith("_in"):
             draw_tokens(axis, (x, y), (-16, 0), shown["tokens"].get(channel, []), "right")
 
@@ -238,29 +241,57 @@ def draw_examples(axis, record):
         x = 0
         for t, (token, share) in enumerate(zip(example["tokens"], attention, strict=True)):
             if x + len(token) > WIDTH:
-                x, y = 0, y - 2.6
-            axis.text(x, y, token, fontsize=6.5, family="monospace", va="center", parse_math=False, bbox={
+                x, y = 0, y - 1.5
+            axis.text(x, y, token, fontsize=7.5, family="monospace", va="center", parse_math=False, bbox={
                 "facecolor": (1, 1 - 0.45 * share**0.5, 1 - share**0.5), "edgecolor": "none", "pad": 0.7})
-            values = {name.split(".")[-1]: v[t] for name, v in example["values"].items() if abs(v[t]) > 0.01}
-            for line, (channel, value) in enumerate(values.items() if share > 0.05 else ()):
-                axis.text(x, y - 0.8 - 0.6 * line, f"{channel}: {value:+.1f}", fontsize=5, va="center",
-                          color=COLORS[value > 0])
             x += len(token) + 0.6
         axis.text(x + 1, y, f"→  {example['right']}   ({example['margin']:+.1f})", fontsize=7.5,
                   va="center", family="monospace", fontweight="bold", parse_math=False)
-        y -= 3.4
+        y -= 1.7
     axis.set(xlim=(0, WIDTH), ylim=(y + 1, 1))
     axis.axis("off")
 
 
+def heads_table(heads, answers):
+    """What each head finds, of controls.heads_of, as text: a line for a token. What it adds to the first
+    answer is less what it adds to the other."""
+    head = f"adds to {answers[0]}"
+    lines = [f"{'what the last token finds':28}attention{head:>18}  values"] if heads else []
+    for head, found in list(heads.items())[:HEADS]:
+        channels = "".join(f"{c:>7}" for c in found["channels"][:VALUES])
+        lines.append(f"by head {head}".ljust(56) + channels)
+        lines += [f"   {token:25}{share:9.2f}{adds:+18.2f} {''.join(f'{v:+7.2f}' for v in values[:VALUES])}"
+                  for token, share, values, adds, _ in found["tokens"][:ROWS]]
+    return "\n".join(lines)
+
+
+def strongest(record):
+    """The record with its STRONGEST edges alone, and the nodes that these and the answers need; and how many
+    edges are left out."""
+    shown = record["picture"]
+    if len(shown["edges"]) <= STRONGEST:
+        return record, 0
+    edges = sorted(shown["edges"], key=lambda edge: -abs(edge[4]) * shown["spread"][f"{edge[0]}.{edge[1]}"])
+    edges = edges[:STRONGEST]
+    kept = {(site, c) for a, i, b, o, _ in edges for site, c in ((a, i), (b, o))}
+    stream = [edge for edge in shown["stream"] if {(edge[0], edge[1]), (edge[2], edge[3])} <= kept]
+    answers = [edge for edge in shown["answer_edges"] if (edge[0], edge[1]) in kept]
+    nodes = {site: [c for c in channels if (site, c) in kept] for site, channels in record["nodes"].items()}
+    return record | {
+        "nodes": {site: channels for site, channels in nodes.items() if channels},
+        "picture": shown | {"edges": edges, "stream": stream, "answer_edges": answers}
+    }, len(shown["edges"]) - STRONGEST
+
+
 def draw(record, path):
     """Write the picture of a circuit, of circuit.json's content, to `path`."""
+    record, left_out = strongest(record)
     at = place_nodes(record)
     columns = {x: [name for name, (other, _) in at.items() if other == x] for x, _ in at.values()}
     height = min(max(4.5, 0.25 * max(map(len, columns.values()))), 30.0)
-    examples = 0.17 * sum(3.4 + 2.6 * (sum(len(token) + 0.6 for token in example["tokens"]) // WIDTH)
+    examples = 0.17 * sum(1.7 + 1.5 * (sum(len(token) + 0.6 for token in example["tokens"]) // WIDTH)
                           for example in record["picture"]["examples"])
-    figure, (axis, below) = new_figure(14, height + examples + 1.4, rows=2,
+    figure, (axis, below) = new_figure(11, height + examples + 1.4, rows=2,
                                        height_ratios=(height, examples + 0.1))
     right = max(columns) + 1
     answers = [(right, 0.7), (right, 0.3)]
@@ -279,22 +310,21 @@ def draw(record, path):
     figure.suptitle(f"{record['task']}: {c['nodes']:,} of {w['nodes']:,} nodes and {c['edges']:,} of "
                     f"{w['edges']:,} weights, loss {c['loss']:.3f}, accuracy {c['accuracy']:.1%} (fitted "
                     f"{f['loss']:.3f}, {f['accuracy']:.1%}; whole model {w['loss']:.3f}, "
-                    f"{w['accuracy']:.1%})", fontsize=11)
+                    f"{w['accuracy']:.1%})" + f"; {left_out:,} weaker edges not drawn" * (left_out > 0),
+                    fontsize=10)
     axis.set(xlim=(-0.75, right + 0.3), ylim=(-0.06, 1.05))
     axis.axis("off")
     axis.text(-0.75, -0.04, LEGEND, fontsize=7, color="0.3", va="top")
+    table = heads_table(record["results"].get("heads", {}), record["picture"]["answers"])
+    axis.text(0.52 * right, -0.04, table, fontsize=7, va="top", family="monospace", parse_math=False)
     draw_examples(below, record)
     save(figure, path)
 
 
 def main():
     configure(globals())
-    try:
-        with open(circuit, encoding="utf-8") as f:
-            record = json.load(f)
+    with record_at(circuit) as record:
         draw(record, image or os.path.join(os.path.dirname(circuit), "circuit.png"))
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        fail(f"cannot draw circuit={circuit!r} ({type(e).__name__}: {e}): give a circuit.json of circuit.py")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@
 """
 import json
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 
 from circuits.controls import result
 from circuits.loaded import Loaded, load
-from circuits.nodes import Contexts, Nodes
+from circuits.nodes import Contexts, Nodes, weights_between
 from circuits.search import apply_fit
 from configurator import fail, one_line
 from runs import windows
@@ -109,31 +110,45 @@ class Circuit:
         return replace(self, gates=self.nodes.others(self.gates))
 
 
-def load_circuit(path, run=None, device="auto"):
-    """The circuit of a circuit.json, in its model: `run`, or else what is three folders up.
-
-    Raises UserError if the file is none, or the model cannot be opened; ValueError if it is another model.
-    """
+@contextmanager
+def record_at(path):
+    """What circuit.json holds, a dict, for a `with` block that makes something of it. What is wrong with the
+    file, however deep, ends the script with one line."""
     try:
         with open(path, encoding="utf-8") as f:
             record = json.load(f)
         if record["format"] != FORMAT:
             raise ValueError(f"its format is {record['format']}, not {FORMAT}")
-        checkpoint, dataset = os.path.basename(record["model"]), record["dataset"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        fail(f"cannot read the circuit {path} ({one_line(e)}): give a circuit.json that circuit.py wrote")
-    if run is None:
-        out_dir = os.path.join(os.path.dirname(path), "..", "..")
-        run = load(os.path.normpath(out_dir), checkpoint, device, dataset)
-    if record["sha256"] != run.sha256:
-        raise ValueError(f"{path} is a circuit of another checkpoint than {run.path}: make it again")
-    means, reads = ({site: torch.tensor(x, device=run.process.device) for site, x in record[key].items()}
+        yield record
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+        fail(f"cannot use circuit={path!r} ({one_line(e)}): give a circuit.json of circuit.py")
+
+
+def circuit_of(record, model):
+    """The circuit of a circuit.json in its model: the model's nodes, with edges for all weights between two
+    of the kept ones, and the gates."""
+    device = next(model.parameters()).device
+    means, reads = ({site: torch.tensor(values, device=device) for site, values in record[key].items()}
                     for key in ("means", "reads"))
-    nodes = Nodes(run.model, means, reads)
-    gates = torch.zeros(nodes.nodes, device=nodes.device)
+    between = [edge[:4] for edge in weights_between(model, record["nodes"])]
+    nodes, needed = Nodes(model, means, reads, edges=between), set(map(tuple, record["edges"]))
+    gates = torch.zeros(nodes.number, device=device)
     for site, channels in record["nodes"].items():
-        nodes.split(gates)[site][channels] = 1
-    there = set(map(tuple, record["edges"]))
-    nodes = nodes.with_edges([edge[:4] for edge in nodes.edges_in(gates)])
-    edges = gates.new_tensor([edge in there for edge in nodes.edges])
-    return Circuit(run, record, nodes, torch.cat([gates, edges]))
+        gates[[nodes.places[site] + channel for channel in channels]] = 1
+    gates[nodes.nodes:] = torch.tensor([float(edge in needed) for edge in between])
+    return nodes, gates
+
+
+def load_circuit(path, run=None, device="auto"):
+    """The circuit of a circuit.json, in its model: `run`, or else what is three folders up.
+
+    Raises UserError if the file is none, or is of another model, or the model cannot be opened.
+    """
+    path = os.fspath(path)
+    with record_at(path) as record:
+        if run is None:
+            out_dir = os.path.normpath(os.path.join(os.path.dirname(path), "..", ".."))
+            run = load(out_dir, os.path.basename(record["model"]), device, record["dataset"])
+        if record["sha256"] != run.sha256:
+            raise ValueError(f"it is of another checkpoint than {run.path}")
+        return Circuit(run, record, *circuit_of(record, run.model))

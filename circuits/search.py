@@ -17,7 +17,7 @@ from configurator import fail
 
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # penalties to look among
 FIRST = 1e-2  # of these
-STABLE = 1.2  # times the fewest nodes: of the penalties that come as near, the least depends less on luck
+STABLE = 1.1  # times the fewest nodes: of the penalties that come as near, the least depends less on luck
 AROUND = 8  # sizes below that of the bisection that are tried too
 MEASURED = 16  # candidates of least estimated cost that are tried one by one, before some go together
 QUICKLY = 128  # contexts on which they are tried; what is removed is tried on all
@@ -262,9 +262,14 @@ class Removal:
         return less
 
     def by_measure(self, candidates, contexts):
-        """Those that may go alone, on these contexts, cheapest first."""
-        costs = {c: self.loss(self.without([c]), contexts) for c in candidates}
-        return [c for c in sorted(costs, key=costs.get) if costs[c] <= self.target]
+        """The loss on these contexts without each of the candidates, a dict, the least first."""
+        losses = {c: self.loss(self.without([c]), contexts) for c in candidates}
+        return {c: losses[c] for c in sorted(losses, key=losses.get)}
+
+    def take_of(self, losses):
+        """Remove of those that may go alone, of `by_measure`, as many as may together; whether any went."""
+        cheap = [c for c, loss in losses.items() if loss <= self.target]
+        return self.take(cheap, [n for n in (16, 8, 4, 2, 1) if n <= len(cheap)])
 
     def take(self, candidates, sizes):
         """Remove the first of `candidates`, as many of `sizes` as the target allows; whether any went."""
@@ -285,9 +290,10 @@ def needed(nodes, gates, contexts, target, fit=True):
     `target`. Returns Nodes with its edges and gates for both, and the path: [nodes, edges, loss], ....
 
     In each round the candidates of least estimated cost are measured alone, on some of the contexts; as many
-    of the cheapest go together as the target allows on all. When not even one of them may go, all are
-    measured, and the search ends if none may. Many candidates, as a dense model has, first go in large bites
-    by their estimates alone. Nodes that are constant in what is left are folded into the biases.
+    of the cheapest go together as the target allows on all. When not even one of them may go, all candidates
+    are measured so, the cheapest of them on all contexts, and the search ends if none may go. Many
+    candidates, as a dense model has, first go in large bites by their estimates alone. Nodes that are
+    constant in what is left are folded into the biases.
     """
     circuit = Removal(nodes, gates, contexts, target, fit)
     some = contexts[torch.arange(min(QUICKLY, len(contexts)), device=contexts.idx.device)]
@@ -295,11 +301,10 @@ def needed(nodes, gates, contexts, target, fit=True):
         large = [len(order) // part for part in (2, 4, 8) if len(order) // part > MEASURED]
         if large and circuit.take(order, large):
             continue
-        for tried, on in ((order[:MEASURED], some), (order, contexts)):
-            cheap = circuit.by_measure(tried, on)
-            if cheap and circuit.take(cheap, [n for n in (16, 8, 4, 2, 1) if n <= len(cheap)]):
-                break
-        else:
+        if circuit.take_of(circuit.by_measure(order[:MEASURED], some)):
+            continue
+        cheapest = list(circuit.by_measure(order, some))[:MEASURED]
+        if not circuit.take_of(circuit.by_measure(cheapest, contexts)):
             break
     return (*fold(circuit), circuit.path)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from configurator import configure, fail
+from configurator import configure, ends_explained, fail
 from figures import new_figure, plain, save
 from model import GPT, GPTConfig
 from runs import read_log
@@ -336,6 +336,7 @@ def draw_scaling(runs):
     save(figure, image)
 
 
+@ends_explained()
 def main():
     configure(globals())
     if jobs < 0:

@@ -22,7 +22,7 @@ from circuits.search import (
     loss_of,
 )
 from circuits.tasks import Source, read_task
-from configurator import check_rules, configure, fail
+from configurator import check_rules, configure, ends_explained, fail
 
 out_dir = "out"  # of the training run; or the folder of a released model
 checkpoint = "ckpt.pt"  # in out_dir
@@ -83,6 +83,7 @@ def print_task(nodes, source, spec):
         print(f"| {name} | " + " | ".join(row) + " |", flush=True)
 
 
+@ends_explained()
 def main():
     configure(globals())
     check_rules(globals(), (("steps contexts", lambda v: v >= 1, "must be at least 1"),

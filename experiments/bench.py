@@ -23,7 +23,7 @@ import kernels
 import measures
 import model as architecture
 import train
-from configurator import configure, fail
+from configurator import configure, ends_explained, fail
 from kernels import use_sparse_linears_
 from model import GPT, AbsTopK, GPTConfig, sink_attention
 from runs import Data, compile_blocks, name_of_device, this_process
@@ -373,6 +373,7 @@ def bench_first_step(process):
     row("time to the first step", first, unit="s", scale=1)
 
 
+@ends_explained()
 def main():
     configure(globals())
     if repeats < 1:

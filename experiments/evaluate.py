@@ -16,7 +16,7 @@ import sys
 import numpy as np
 import torch
 
-from configurator import configure, fail
+from configurator import configure, ends_explained, fail
 from measures import kurtosis, sparsity_statistics
 from runs import load_run, this_process, windows
 
@@ -69,22 +69,24 @@ def bigram_loss(tokens, pairs, strength):
     return -np.log(p).mean()
 
 
+@ends_explained("halve --batch_size")
 def main():
     configure(globals())
     if batch_size < 1:
         fail(f"batch_size={batch_size} must be at least 1")
     process = this_process(device, dtype)
-    runs = [load_run(out_dir, checkpoint, dataset) for out_dir in out_dirs.split(",")]
+    folders = [os.path.expanduser(folder) for folder in out_dirs.split(",")]
+    runs = [load_run(folder, checkpoint, dataset) for folder in folders]
     if not dataset and len({saved["settings"]["dataset"] for saved, _, _ in runs}) > 1:
         fail(f"out_dirs={out_dirs} were not all trained on the same data: evaluate them apart")
     writer = csv.DictWriter(sys.stdout, COLUMNS)
     writer.writeheader()
-    for out_dir, (saved, model, data) in zip(out_dirs.split(","), runs, strict=True):
+    for folder, (saved, model, data) in zip(folders, runs, strict=True):
         losses, kurtoses = measure(model.to(process.device), data, process)
         kurtoses = kurtoses[~np.isnan(kurtoses)]
         sparsity = sparsity_statistics(model)
         writer.writerow({
-            "model": os.path.basename(os.path.abspath(out_dir)), "updates": saved["step"],
+            "model": os.path.basename(os.path.abspath(folder)), "updates": saved["step"],
             "prunable": sum(p.numel() for _, p, _ in model.sparse_parameters()),
             "nonzero": sparsity["sparsity/nonzero"], "dead_neurons": sparsity["sparsity/dead_neurons"],
             "val_loss": f"{losses.mean():.4f}", "val_loss_se": f"{standard_error(losses):.4f}",

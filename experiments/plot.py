@@ -1,11 +1,13 @@
 """Draw the curves of a run from its log: loss, share of nonzero weights, learning rate.
 
     python -m experiments.plot --out_dir=out/quickstart                    # writes out/quickstart/curves.png
-    python -m experiments.plot --out_dir=out/sparse --beside=out/dense     # with the val loss of another run
+    python experiments/plot.py --out_dir=out/sparse --beside=out/dense     # with the val loss of another run
 """
 import os
+import sys
 
-from configurator import configure
+sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # if run by its path
+from configurator import configure, ends_explained
 from figures import new_figure, plain, save
 from runs import read_log
 
@@ -20,6 +22,7 @@ def curve(records, key):
     return [step for step, _ in found], [value for _, value in found]
 
 
+@ends_explained()
 def main():
     configure(globals())
     records = read_log(os.path.join(out_dir, "log.jsonl"))

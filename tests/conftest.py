@@ -67,7 +67,7 @@ def forget_settings():
 def run(command):
     """What the command line `command` does, such as 'train.py tiny.py', in this process; its exit status."""
     forget_settings()
-    signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
     handlers = {number: signal.getsignal(number) for number in signals}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", shlex.split(command))

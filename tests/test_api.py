@@ -367,10 +367,10 @@ def test_a_circuit_of_another_model_or_none_is_refused(quickstart, tmp_path):
     record = json.loads(read(CIRCUIT))
     for name, change in (("other", {"sha256": "0" * 64}), ("old", {"format": 1})):
         (tmp_path / name).write_text(json.dumps(record | change))
-    with pytest.raises(ValueError, match="of another checkpoint"):
+    with pytest.raises(UserError, match="of another checkpoint"):
         load_circuit(tmp_path / "other", quickstart)
     for path in (tmp_path / "old", tmp_path / "none", "single_double_quote.json"):
-        with pytest.raises(UserError, match="cannot read the circuit"):
+        with pytest.raises(UserError, match="cannot use circuit="):
             load_circuit(path, quickstart)
 
 

@@ -184,6 +184,8 @@ BAD_INPUTS = [
     ("train.py tiny.py", "python prepare.py", cut("data/tiny/train.bin", 2000)),
     ("train.py tiny.py", "python prepare.py", cut("data/tiny/val.bin", 0)),
     ("train.py tiny.py", "block_size", shorten_val),
+    ("train.py tiny.py", "--val_fraction", shorten_val),
+    ("train.py tiny.py", "python prepare.py", file("data/tiny/meta.json", '{"train":' * 100_000)),
     ("train.py tiny.py --block_size=100000", "block_size"),
     ("train.py tiny.py", "python prepare.py", file("data/tiny/val.bin", b"\xff\xff" * 3000)),
     ("train.py tiny.py", "python prepare.py", lambda: np.full_like(
@@ -208,6 +210,30 @@ BAD_INPUTS = [
     ("train.py tiny.py --init_from=resume --target_l0_fraction=0.1", "smallest that fits is 0.25"),
     ("train.py tiny.py --init_from=resume --max_iters=3", "max_iters"),
     ("train.py --init_from=resume", "optimizer", saved(optimizer=...)),
+    *((f"train.py tiny.py --{name}={value}", words) for value, words in [
+        ("9" * 25, "63 bits"), ("9" * 400, "63 bits"), (9 * 10**17, "out of memory")] for name in [
+        "batch_size", "eval_iters", "d_model", "d_mlp"]),
+    *((f"train.py tiny.py --{name}={'9' * digits}", "63 bits") for name, digits in [
+        ("max_iters", 25), ("gradient_accumulation_steps", 25), ("eval_interval", 701)]),
+    ("train.py tiny.py bad.py", "max_iters", file("bad.py", "max_iters = 10**5000")),
+    ("train.py tiny.py bad.py", "is no path", file("bad.py", "out_dir = 'a\\0b'")),
+    ("train.py tiny.py bad.py", "KeyboardInterrupt", file("bad.py", "raise KeyboardInterrupt")),
+    ("train.py tiny.py bad.py", "learning_rate", file("bad.py", "learning_rat = [0.01]")),
+    ("train.py tiny.py --dataset='two\nlines'", "python prepare.py"),
+    ("train.py tiny.py --checkpoint_minutes=-1", "checkpoint_minutes"),
+    *((f"{script} --device=cpu", name, saved(**{name: value})) for script in (
+        "train.py --init_from=resume", "sample.py") for name, value in [
+        ("settings", ["n_layer"]), ("settings", {}), ("step", "6"), ("step", -1), ("step", 6.0),
+        ("best_l0", None), ("best_val_loss", "low"), ("model", [1]), ("optimizer", [1]), ("scaler", 3),
+        ("config", "small"), ("tokenizer_sha256", 5), ("data", [1]), ("data", {"train": 5}), ("l0", "1"),
+        ("data", {"train": {"tokens": "many"}, "val": {"tokens": 1}}), ("wandb_id", 7)]),
+    ("train.py --init_from=resume", "Adam's moments", saved(optimizer={"state": [1]})),
+    ("train.py --init_from=resume", "Adam's moments", saved(optimizer={})),
+    ("train.py --init_from=resume", "n_layer", lambda: saved(
+        settings=checkpoint()["settings"] | {"n_layer": "two"})()),
+    *((script, "code that wrote it", config(**{name: value})) for script in (
+        "train.py --init_from=resume", "sample.py") for name, value in [
+        ("n_layer", 1.5), ("activation_sparsity_locations", 0), ("d_model", "16"), ("vocab_size", None)]),
     *((command, *rest) for command in ("train.py --init_from=resume", "sample.py") for rest in [
         ("--out_dir", remove("out/ckpt.pt")),
         ("--out_dir", cut("out/ckpt.pt", 10_000)),

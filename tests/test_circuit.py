@@ -4,10 +4,12 @@ circuit is known, because its weights were set by hand; the file that is written
 That model closes what a capital opened: after E comes X if the capital was A, and Y if it was B. The letters
 a and b say the same to its value but nothing to its key, so that only attention tells which of them counts.
 """
+import hashlib
 import itertools
 import json
 import math
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -395,6 +397,77 @@ def test_the_fit_is_the_best_of_a_grid(scale, shift):
     assert search.fit_of(-100 * logits.abs() @ torch.tensor([[1.0, 0], [0, 0]]), sides) == (0.0, 0.0)
 
 
+@pytest.mark.parametrize("sizes, tried, best", [
+    ({1e-2: 20, 3e-2: 30, 3e-3: 25}, 3, 1e-2),
+    ({1e-2: 20, 3e-2: 15, 1e-1: 12, 3e-1: 50}, 4, 1e-1),
+    ({1e-2: 20, 3e-2: 30, 3e-3: 10, 1e-3: 40}, 4, 3e-3),
+    ({1e-2: math.inf, 3e-3: math.inf, 1e-3: 70, 3e-4: 90}, 4, 1e-3),  # 3e-3 failed already
+    (dict.fromkeys((1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5), math.inf), 7, 1e-2),
+])
+def test_the_best_penalty_is_bracketed(sizes, tried, best):
+    """Its neighbours were tried, none twice, and while nothing is found only lower ones."""
+    calls = []
+    found = search.bracketed(lambda p: (calls.append(p), sizes[p])[1], search.LADDER, 1e-2)
+    assert found == {p: sizes[p] for p in calls} and len(calls) == len(set(calls)) == tried
+    assert min(found, key=found.get) == best
+
+
+def test_penalties_are_found_and_then_the_other_seeds_tried(known):
+    """Where nothing is said of them; the circuit is the known one, and trials can be given instead."""
+    nodes, how = nodes_of(known), search.Search(mask_seeds=2, steps=60)
+    sets = some_contexts(512), some_contexts(64, seed=1)
+    runs = search.find(nodes, *sets, 0.15, how, "a task")
+    penalties = [run["penalty"] for run in runs if run["mask_seed"] == 0]
+    assert len(penalties) == len(set(penalties)) >= 3 and [run["mask_seed"] for run in runs][-1] == 1
+    assert runs[-1]["penalty"] in penalties and len(runs) == len(penalties) + 1
+    assert runs[0]["order"][:5] == [int(i) for i in torch.tensor(runs[0]["order"][:5])]
+    again = search.find(nodes, *sets, 0.15, how, "a task", [(runs[0]["penalty"], 0)])
+    assert len(again) == 1 and torch.equal(again[0]["gates"], runs[0]["gates"])
+
+
+def test_a_constant_node_becomes_a_bias(known):
+    """A query that nothing kept speaks to is no node: its value stays, and the loss with it."""
+    nodes, contexts = nodes_of(known), some_contexts(64, seed=1)
+    with_query = {"0.attn.attn_q": [0]} | KNOWN
+    nodes = nodes.with_value("0.attn.attn_q", 0, 0.0)  # without its bias the head looks nowhere
+    gates = gates_of(nodes, with_query)
+    before = search.loss_at(nodes, contexts, gates, fit=False)
+    assert search.loss_at(nodes, contexts, gates_of(nodes, KNOWN), fit=False) > before + 0.1
+    inside, needed, path = search.needed(nodes, gates, contexts, 0.15, fit=False)
+    assert inside.kept(needed) == KNOWN
+    assert inside.ablated["0.attn.attn_q"][0].item() == pytest.approx(4, rel=1e-4)
+    assert path[-1][2] == pytest.approx(before, abs=1e-4)
+    assert nodes.ablated["0.attn.attn_q"][0] == 0
+
+
+def test_of_the_circuits_found_the_one_with_fewest_edges_is_taken(known, capsys):
+    """Those that are much larger are not even tried, and equal ones once; without any the script ends."""
+    nodes, contexts = nodes_of(known), some_contexts(64, seed=1)
+    idle = gates_of(nodes, KNOWN | {"0.mlp.mlp_in": [1]})
+    runs = [{"nodes": 6, "gates": idle, "lowest_loss": 0.1}, {"nodes": 6, "gates": idle, "lowest_loss": 0.1},
+            {"nodes": None, "gates": 0 * idle, "lowest_loss": 0.5},
+            {"nodes": 16, "gates": torch.ones(nodes.number), "lowest_loss": 0.1}]
+    run, inside, gates, path = search.smallest(nodes, runs, contexts, 0.15)
+    assert run is runs[0] and inside.kept(gates) == KNOWN and path[-1][:2] == [5, 3]
+    assert capsys.readouterr().out.count("needed |") == 1
+    with pytest.raises(SystemExit):
+        search.smallest(nodes, runs[2:3], contexts, 0.15)
+    assert "the best was 0.500" in capsys.readouterr().err
+
+
+def test_costs_are_what_removal_costs(known):
+    """Of each edge and each node of the circuit, one by one."""
+    nodes, contexts = nodes_of(known), some_contexts(64, seed=1)
+    inside, gates, path = search.needed(nodes, gates_of(nodes, KNOWN), contexts, 0.15)
+    found = search.costs_of(inside, gates, contexts, path[-1][2])
+    assert len(found["edge_costs"]) == 3 and min(found["edge_costs"]) > 0.05
+    assert set(found["node_costs"]) == {f"{site}.{c}" for site, of in KNOWN.items() for c in of}
+    off = gates_of(nodes, KNOWN)
+    off[nodes.places["0.attn.attn_k"]] = 0
+    assert found["node_costs"]["0.attn.attn_k.0"] == pytest.approx(
+        search.loss_at(nodes, contexts, off) - path[-1][2], abs=1e-5)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # what is measured of a circuit
 
@@ -470,6 +543,106 @@ def test_survival_is_the_variance_that_is_left(known):
     share = survival(nodes, contexts, gates_of(nodes, KNOWN))
     assert share["0.attn.attn_in"][0] == 1.0 and share["0.attn.attn_out"][6] > 0.99
     assert abs(survival(nodes, contexts, gates_of(nodes, {}))["0.attn.attn_out"][6]) < 1e-5
+
+
+def test_the_rest_can_be_ablated_otherwise(known):
+    """At zero as zeros do it; where nothing is outside, nothing changes; where all is, all that is left is
+    what the other text says."""
+    nodes, contexts = nodes_of(known), some_contexts(60)
+    text = some_contexts(90, seed=4)
+    ones, gates = torch.ones(nodes.number), gates_of(nodes, KNOWN)
+    whole = asked.result(nodes.judge(contexts, ones))
+    for found in asked.rest_otherwise(nodes, ones, contexts, text, (1.0, 0.0), 0).values():
+        assert found == pytest.approx(whole, abs=1e-5)
+    found = asked.rest_otherwise(nodes, gates, contexts, text, (1.0, 0.0), 0)
+    zero = asked.result(nodes_of(known, "zero").judge(contexts, gates))
+    assert len(found) == 4 and found["at zero"] == pytest.approx(zero, abs=1e-5)
+    assert [r["accuracy"] > 0.9 for r in found.values()] == [False, True, True, True]  # its query is outside
+    nothing = asked.rest_otherwise(nodes, 0 * ones, contexts, text, (1.0, 0.0), 0)
+    assert all(0.3 < r["accuracy"] < 0.7 for r in nothing.values())
+    moved = asked.rest_otherwise(nodes, 0 * ones, contexts, replace_idx(text, contexts.idx), (1.0, 0.0), 0)
+    assert moved["as in any text"] != nothing["as in any text"]
+
+
+def replace_idx(contexts, idx):
+    return Contexts(idx, contexts.last[:len(idx)], contexts.answers[:len(idx)])
+
+
+def test_random_edges_are_as_many_as_the_circuits(known):
+    """With all the nodes that they join, and no other edge between these."""
+    nodes, contexts = nodes_of(known), some_contexts(40)
+    inside, gates, _ = search.needed(nodes, gates_of(nodes, KNOWN), contexts, 0.15)
+    drawn = asked.random_edges(inside, gates, contexts, 0)
+    assert [draw["edges"] for draw in drawn] == [3] * asked.DRAWS
+    assert all(2 <= draw["nodes"] <= 6 and draw["weights"] >= 3 for draw in drawn)
+    assert len({draw["loss"] for draw in drawn}) > 1
+
+
+def test_simple_rules_are_counted_on_the_text():
+    """Which first character is the more frequent, which came last; a tie is half right."""
+    class Letters:
+        def decode(self, ids):
+            return "".join("ab'\")"[i] for i in ids)
+
+    contexts = Contexts(torch.tensor([[2, 2, 3, 0], [3, 0, 2, 1], [0, 1, 0, 0]]), torch.tensor([3, 3, 1]),
+                        torch.tensor([[2, 3], [3, 2], [2, 3]]))
+    found = asked.simple_rules(contexts, Letters())
+    assert found == {"is more frequent": (1 + 0.5 + 0.5) / 3, "came last": (0 + 0 + 0.5) / 3}
+    same = Contexts(contexts.idx, contexts.last, torch.tensor([[0, 0]] * 3))
+    assert asked.simple_rules(same, Letters()) == {}
+
+
+def test_of_all_tokens_the_likeliest_is_asked_for(known):
+    """The known model says X or Y, unless a bigram says something else."""
+    nodes, contexts = nodes_of(known), some_contexts(40)
+    known.lm_head.weight[:] = 0
+    known.lm_head.weight[[X, Y], 6] = torch.tensor([0.75, -0.75])
+    ones = torch.ones(nodes.number)
+    assert asked.first_of_all(nodes, ones, contexts) == 1
+    known.bigram_table[E, 9] = 50.0
+    assert asked.first_of_all(nodes, ones, contexts) == 0
+
+
+def test_a_heads_table_says_what_it_finds(known):
+    """The capitals, with their values, what they add to either answer, and how far back they are."""
+    class Letters:
+        def decode_single_token_bytes(self, i):
+            return b"ABabEXYhijklmnop"[i:i + 1]
+
+    nodes, contexts = nodes_of(known), some_contexts(200)
+    gates = gates_of(nodes, KNOWN)
+    [(head, found)] = asked.heads_of(nodes, gates, contexts, Letters()).items()
+    rows = {row[0]: row for row in found["tokens"]}
+    assert (head, found["channels"], {row[0] for row in found["tokens"][:2]}) == ("0.0", [0], {"A", "B"})
+    assert rows["A"][1] > 0.8 and rows["A"][2][0] > 1 and rows["A"][3] > 1 > -1 > rows["B"][3]
+    assert rows["A"][4] == int((contexts.idx == A).sum())
+    assert found["distance"][0][0] == 2 and all(0 <= share <= 1 for _, share in found["distance"])
+
+
+def test_nonsense_is_consistent(known):
+    """Answers exchanged are exchanged everywhere; those of another task go by its sides."""
+    contexts = some_contexts(20)
+    assert torch.equal(asked.exchanged(contexts).answers, contexts.answers.flip(1))
+    other = Contexts(contexts.idx, contexts.last, torch.tensor([[9, 8], [8, 9]] * 10))
+    after = asked.asked_after(other, contexts)
+    assert torch.equal(after.sides(), other.sides()) and after.answers.unique().tolist() == [X, Y]
+    _, runs = found_in(known, [asked.exchanged(c) for c in (some_contexts(512), some_contexts(64, seed=1))])
+    assert [found["nodes"] for found in runs] == [None] * 2
+
+
+def test_a_task_that_needs_no_circuit_is_warned_of(known, capsys):
+    """Where the last token alone reaches the target; at the edge of the penalties; of a large circuit."""
+    nodes, contexts = nodes_of(known), some_contexts(64)
+    contexts.idx[:, -1] = torch.where(contexts.answers[:, 0] == X, 7, 8)
+    train = np.tile([7, X, 8, Y], 50)
+    known.bigram_table[7, X] = known.bigram_table[8, Y] = 8
+    asked.check_able("a task", nodes, train, contexts, 0.15, True, 0)
+    assert capsys.readouterr().out.count("alone reaches the target") == 2
+    runs = [{"penalty": p} for p in (1e-3, 1e-2)]
+    few, many = gates_of(nodes, {"0.attn.attn_k": [0]}), torch.ones(nodes.number)
+    assert not list(asked.warnings_of(nodes, [*runs, {"penalty": 1e-1}], runs[1], few))
+    assert [line.split(",")[0] for line in asked.warnings_of(nodes, runs, runs[1], many)] == [
+        "the best penalty", "the circuit has more than a tenth of all nodes: it explains little"]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -549,6 +722,45 @@ def test_contexts_contain_what_the_task_asks_for(task):
     first, second = record["contexts"]["positions"]
     assert len(first) == len(second) >= 16
     assert all(b"e" in val[p - 16:p] for p in first + second)
+
+
+def test_another_circuit_of_the_same_name_is_moved_aside(task, capsys):
+    """Of another checkpoint, task file or ablation; the same search again replaces what it found."""
+    task(answers=["r", "t"], target_loss=5.0)
+    first = circuit_of_task()
+    assert circuit_of_task() == first and os.listdir("out/circuits") == ["task"]
+    circuit_of_task("--ablation=zero")
+    assert json.loads(read("out/circuits/task.previous-1/circuit.json"))["sha256"] == first["sha256"]
+    task(answers=["r", "t"], target_loss=4.0)
+    circuit_of_task("--ablation=zero")
+    assert sorted(os.listdir("out/circuits")) == ["task", "task.previous-1", "task.previous-2"]
+    assert "is now in out/circuits/task.previous-2" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_search(task, capsys):
+    task(answers=["r", "t"], target_loss=5.0)
+    with open("out/circuits", "w", encoding="utf-8"):
+        pass
+    assert run(f"circuit.py --task=task.json {SMALL}") == 2
+    captured = capsys.readouterr()
+    assert "cannot write to out/circuits/task" in captured.err and "penalty" not in captured.out
+
+
+def test_unseen_text_is_judged_too(task, tmp_path, capsys):
+    """Of data with the same tokenizer; of other data it says what to do."""
+    task(answers=["r", "t"], target_loss=5.0)
+    other = tmp_path / "other"
+    shutil.copytree("data/tiny", other)
+    assert run(f"circuit.py --task=task.json {SMALL} --unseen={other}") == 0
+    record = json.loads(read("out/circuits/task/circuit.json"))
+    assert record["results"]["beyond"]["unseen files"]["circuit"]["right"] <= 1
+    text = read(other / "tokenizer.json") + "\n"
+    meta = json.loads(read(other / "meta.json"))
+    meta["tokenizer_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (other / "tokenizer.json").write_text(text, encoding="utf-8")
+    (other / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    assert run(f"circuit.py --task=task.json {SMALL} --unseen={other}") == 2
+    assert "--tokenizer=out/tokenizer.json" in capsys.readouterr().err
 
 
 def test_a_task_of_templates(task, monkeypatch):

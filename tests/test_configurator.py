@@ -2,14 +2,17 @@
 setting's default, and whatever cannot be read ends the script with one line and changes nothing.
 """
 import ast
+import contextlib
+import io
 import os
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from configurator import adopt, configure, difference
+from configurator import adopt, configure, difference, ends_explained, fail, read_json
 from test_sparsity import few
 
 
@@ -101,7 +104,8 @@ def test_a_config_file_is_python(config_file):
 
 
 values_of_settings = st.fixed_dictionaries({
-    "d_model": st.integers(), "learning_rate": st.floats(allow_nan=False, allow_infinity=False),
+    "d_model": st.integers(-2**63, 2**63 - 1),
+    "learning_rate": st.floats(allow_nan=False, allow_infinity=False),
     "use_bias": st.booleans(), "start": st.text(st.characters(exclude_categories=["Cs"]), max_size=20)})
 
 
@@ -180,7 +184,117 @@ def test_a_number_too_large_for_a_float_is_an_error(error_of, config_file):
         assert "learning_rate" in error_of(argument)
 
 
+@pytest.mark.parametrize("value", [
+    "np.float64(0.01)", "np.int32(1)", "np.bool_(True)", "Fraction(1, 2)", "(0.1,)", "[0.1]", "{0.1}",
+    "{'a': 1}", "None", "torch.tensor(0.1)", "b'a'", "1j", "range(3)", "np.ones(2)", "...", "torch.float32",
+    "Path('a')"])
+def test_whatever_a_file_assigns_is_a_setting(error_of, config_file, value):
+    """Of any kind, it is refused with its name: a misspelt one, and a setting's that has no such type."""
+    imports = ("from fractions import Fraction\nfrom pathlib import Path\nimport numpy as np\nimport torch\n"
+               "from numpy import sqrt\nclass Own:\n    pass\n")
+    error = error_of(config_file(f"{imports}learning_rat = {value}\n"))
+    assert "'learning_rat'" in error and "'learning_rate'" in error
+    error = error_of(config_file(f"{imports}learning_rate = {value}\n"))
+    assert "learning_rate=" in error and "expected float" in error
+    assert configured(config_file(f"{imports}_own = {value}\n")) == {}
+
+
+@pytest.mark.parametrize("digits", [25, 400, 701, 5000])
+@pytest.mark.parametrize("key", ["d_model", "learning_rate", "d_modle"])
+def test_an_int_that_is_too_long_is_an_error(error_of, config_file, key, digits):
+    """Beyond 63 bits, and where Python refuses to write it. A float setting takes what a float holds."""
+    for argument in (f"--{key}=1{'0' * digits}", config_file(f"{key} = 10**{digits}\n")):
+        if key == "learning_rate" and digits < 300:
+            assert configured(argument) == {key: 10.0**digits}
+        else:
+            error = error_of(argument)
+            assert key in error and len(error) < 400
+
+
+def test_a_path_without_sense_is_an_error(config_file, capsys):
+    """One that holds a NUL, which the system takes for its end."""
+    with pytest.raises(SystemExit):
+        configure({"out_dir": "out"}, [str(config_file("out_dir = 'a\\0b'"))])
+    assert capsys.readouterr().err.startswith("error: out_dir='a\\x00b' (in ")
+
+
+@pytest.mark.parametrize("character", list("\n\r\x00\x0b\x1b\x85\u2028"))
+def test_an_error_is_one_line(capsys, character):
+    """Whatever the path in it: what would break or colour the line is escaped."""
+    with pytest.raises(SystemExit):
+        fail(f"no file a{character}b\\é")
+    error = capsys.readouterr().err
+    assert error == f"error: no file a{ascii(character)[1:-1]}b\\é\n" and len(error.splitlines()) == 1
+
+
+def test_a_stdout_that_was_replaced_is_taken_as_it_is(monkeypatch):
+    """In a notebook, or under contextlib.redirect_stdout, it may have no encoding to set."""
+    monkeypatch.setattr(sys, "argv", ["script.py", "--d_model=7"])
+    for stream in (io.StringIO(), type("Cell", (), {"write": len, "flush": len})()):
+        settings = script()
+        with contextlib.redirect_stdout(stream):
+            assert configure(settings) == {"d_model"} and settings["d_model"] == 7
+
+
+def test_a_stdout_that_is_closed_is_none(monkeypatch):
+    """Python has None for it then: what is printed goes nowhere, and can be flushed."""
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    monkeypatch.setattr(sys, "stdout", None)
+    configure(script())
+    print("into the void", flush=True)
+    sys.stdout.close()
+
+
+@pytest.mark.parametrize("error, status, words", [
+    (KeyboardInterrupt(), 130, ""), (MemoryError(), 2, "buy some"), (SystemExit(3), 3, ""),
+    (RuntimeError("CUDA out of memory. Tried"), 2, "buy some"),
+    (RuntimeError("Storage size calculation overflowed with sizes=[9, 9]"), 2, "buy some"),
+    (ValueError("array is too big; `arr.size * arr.dtype.itemsize` is larger"), 2, "buy some")])
+def test_a_script_ends_without_a_traceback(capsys, error, status, words):
+    """When memory does not suffice it says what to do; Ctrl-C needs no words."""
+    @ends_explained("buy some")
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == status and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("size"), ValueError("n"), OSError("disk"), KeyError("x")])
+def test_other_errors_stay_what_they_are(error):
+    """A mistake of ours is worth its traceback."""
+    @ends_explained()
+    def main():
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        main()
+    assert raised.value is error
+
+
 @pytest.mark.parametrize("text, words", [
+    ("", "no JSON"), ("{", "no JSON"), ("[" * 100_000, "no JSON"), ('{"a":' * 100_000, "no JSON"),
+    (b"\xff", "no JSON"), ("[1, 2]", "no JSON object, but [1, 2]"), ("null", "None"), ('"a"', "'a'"),
+    ('{"a": ' + "9" * 5000 + "}", "no JSON")])
+def test_json_that_is_none_is_a_value_error(config_file, text, words):
+    """Whatever is in the file, in a few words."""
+    with pytest.raises(ValueError, match=".") as error:
+        read_json(config_file(text))
+    assert words in str(error.value) and len(str(error.value)) < 300 and "\n" not in str(error.value)
+
+
+def test_json_of_an_object_is_read(config_file, tmp_path):
+    """Also with the byte order mark that some editors write. A file that is not there is an OSError."""
+    for mark in (b"", b"\xef\xbb\xbf"):
+        assert read_json(config_file(mark + '{"é": [1.5, null]}'.encode())) == {"é": [1.5, None]}
+    with pytest.raises(OSError, match="none.json"):
+        read_json(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("text, words", [
+    ("raise KeyboardInterrupt\n", ["KeyboardInterrupt"]), ("exit(3)\n", ["SystemExit"]),
+    ("def f():\n    f()\nf()\n", ["RecursionError"]),
     ("d_model = = 3\n", ["SyntaxError"]), ("if True:\nd_model = 3\n", ["IndentationError"]),
     ("d_model = 1 / 0\n", ["ZeroDivisionError"]), ("import no_such_module\n", ["no_such_module"]),
     ("raise ValueError('two\\nlines')\n", ["ValueError", "two lines"]),
@@ -224,6 +338,13 @@ def test_a_run_goes_on_with_its_settings_but_for_those_given():
     look = adopt(settings, earlier, given, lambda: seen.append(dict(settings)) or "looked")
     assert look == "looked" and seen == [script() | {"d_model": 5, "learning_rate": 0.5, "start": "y"}]
     assert settings == script() | {"d_model": 7, "learning_rate": 0.5, "start": "x"}
+
+
+def test_settings_of_an_earlier_run_are_checked(capsys):
+    """They come from a file, which may hold anything."""
+    with pytest.raises(SystemExit):
+        adopt(script(), {"d_model": "many"}, set(), lambda: None)
+    assert "d_model='many' (of the earlier run)" in capsys.readouterr().err
 
 
 def test_without_an_earlier_run_nothing_is_adopted():

@@ -20,12 +20,12 @@ import tiktoken
 import torch
 
 from circuits import page
-from circuits.nodes import node_sites, weights_between
+from circuits.nodes import Contexts, node_sites, weights_between
+from circuits.saved import circuit_of
 from conftest import read
 from model import GPT, LOCATIONS, NODE_LOCATIONS, AbsTopK, GPTConfig
 
 BROWSER = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is here: apt-get install chromium")
 
 MODELS = {
     "one layer": {"n_layer": 1},
@@ -112,8 +112,9 @@ class Browser:
                     url for url in asked if not url.startswith(("file:", "about:"))]
 
     def key(self, key):
+        more = {"text": "\r", "windowsVirtualKeyCode": 13} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, **more)
 
     def click(self, selector):
         """A click of the mouse in the middle of an element."""
@@ -135,6 +136,8 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
+    if BROWSER is None:
+        pytest.skip("no Chromium is here: apt-get install chromium")
     browser = Browser(tmp_path_factory.mktemp("browser"))
     yield browser
     browser.close()
@@ -198,6 +201,8 @@ def random_record(model, encoding, seed=0):
         "means": {site: (0.3 * torch.randn(n)).tolist() for site, n in sites.items()},
         "reads": {f"{i}.attn.attn_v": (0.3 * torch.randn(32)).tolist() for i in range(model.config.n_layer)},
         "contexts": {"split": "val", "positions": [[40, 60, 80], [50, 70, 90]]}, "hard": {},
+        "whole_train_loss": 0.05, "warnings": ["be <b>careful</b>"],
+        "runs": [{"losses": {"4": 0.69, "30": 0.12}}],
         "results": {"circuit": {"accuracy": 0.637}, "whole": {"accuracy": 1.0}},
         "curve": [[9, 20, 0.1]], "table": [["whole <i>model</i>", "0.1", "90%", "9", "9", ""]],
         "caveats": "None."}
@@ -216,7 +221,7 @@ def random_data(encoding):
 # the oracle: PyTorch with a hook for each change
 
 
-def oracle(model, record, ids, mode, off, flip, cut):
+def oracle(model, record, ids, mode, off, flip, cut, on=()):
     """Logits of the answers; and the smallest relative distance between a node that AbsTopK just keeps and
     one that it just drops: where that is rounding, so is which of them is kept."""
     names, handles, gaps = node_sites(model), [], [1.0]
@@ -226,7 +231,7 @@ def oracle(model, record, ids, mode, off, flip, cut):
         kept = torch.zeros(len(means[site]))
         kept[record["nodes"][site]] = 1
         gates = {"whole": torch.ones_like(kept), "circuit": kept, "without": 1 - kept}[mode]
-        for names_of, value in ((off, 0.0), (flip, -1.0)):
+        for names_of, value in ((on, 1.0), (off, 0.0), (flip, -1.0)):
             for name in names_of:
                 if name.rsplit(".", 1)[0] == site:
                     gates[int(name.rsplit(".", 1)[1])] = value
@@ -308,7 +313,8 @@ def test_the_model_in_the_page_is_the_model(name, browser, encoding, tmp_path):
     found = browser.run(f"{RUN}({json.dumps(addresses)})")
     compared = 0
     for (text, mode, off, flip, cut), (ready, answers, ids, told) in zip(cases, found, strict=True):
-        assert ready == "true" and answers["answers"] == record["answers"]
+        assert ready == "true" and answers.keys() == {"answers", "logits"}
+        assert answers["answers"] == record["answers"]
         assert ids == (encoding.encode(text) or [599])
         assert told == (len(ids) > 16)
         expected, gap = oracle(model, record, ids[-16:], mode, off, flip, cut)
@@ -357,17 +363,17 @@ def test_texts_become_the_tokens_of_tiktoken(pattern, browser, encoding, tmp_pat
 
 @pytest.fixture(scope="module")
 def opened(encoding, tmp_path_factory):
-    """The path of a page, and its record."""
+    """The path of a page, its record and its model."""
     model = random_model(encoding, n_layer=1)
     record, path = random_record(model, encoding), tmp_path_factory.mktemp("page") / "circuit.html"
     page.write(record, model, random_data(encoding), path)
-    return path, record
+    return path, record, model
 
 
 def test_clicks_and_keys_change_what_is_computed(opened, browser):
     """A click on a mode, a node and 'reversed' changes the logits and the address, which brings all of it
     back; escape closes the panel; typing changes the tokens."""
-    path, record = opened
+    path, record, _ = opened
     browser.open(path, "#mode=whole&text=import%20json")
     before = browser.answers()
     browser.click("#mode-circuit")
@@ -390,9 +396,184 @@ def test_clicks_and_keys_change_what_is_computed(opened, browser):
     assert browser.answers() == changed
 
 
+@pytest.mark.parametrize("settings", [{"n_layer": 1, "use_positional_embeddings": True},
+                                      {"n_layer": 2, "activation_sparsity_locations": "attn_k,attn_v"}])
+def test_the_table_of_tokens_is_what_the_circuit_makes_of_them(settings, encoding):
+    """Queries, keys and values of the first block inside the circuit, for texts of one token each."""
+    model = random_model(encoding, **settings)
+    nodes, gates = circuit_of(random_record(model, encoding), model)
+    table = page.token_table(nodes, gates, [([5, 5, 7], (1, 2))])
+    assert (table["seen"][5], table["seen"][7], table["seen"].sum()) == (2, 1, 3)
+    idx, seen = torch.arange(10, 20)[:, None].expand(-1, 16), {}
+    nodes.next_logits(Contexts(idx, torch.full((10,), 15), idx[:, :2]), gates, watch=seen.__setitem__)
+    for i, name in enumerate(table["channels"]):
+        site, channel = name.rsplit(".", 1)
+        found = torch.tensor(table["by_position"][:, 10:20, i]).T
+        assert torch.allclose(found.expand(-1, 16), seen[site][..., int(channel)], atol=1e-5)
+        assert table["mean"][10:20, i] == pytest.approx(found.mean(1).numpy(), abs=1e-5)
+
+
+def node_names(record, location):
+    [site] = [site for site in record["nodes"] if site.endswith(location)]
+    return [f"{site}.{channel}" for channel in record["nodes"][site]]
+
+
+FOCUSED = "document.activeElement.id.replace('node-', '')"
+SHOWN = "[...document.querySelectorAll('.edge')].filter(e => e.style.display !== 'none').length"
+WIDTH = "document.getElementById('diagram').viewBox.baseVal.width"
+
+
+def test_the_circuit_by_keyboard(opened, browser):
+    """Tab leads to one node; up and down stay in its column, left and right leave it; enter opens, escape
+    closes; what was pressed keeps the focus."""
+    path, record, _ = opened
+    browser.open(path)
+    browser.run("document.getElementById('mode-without').focus()")
+    browser.key("Tab")
+    first = browser.run(FOCUSED)
+    column = node_names(record, "attn_in")
+    assert first in column
+    for _ in column:
+        browser.key("ArrowUp")
+    top = browser.run(FOCUSED)
+    visited = [top]
+    for _ in column[1:]:
+        browser.key("ArrowDown")
+        visited.append(browser.run(FOCUSED))
+    assert sorted(visited) == sorted(column)
+    browser.key("ArrowRight")
+    node = browser.run(FOCUSED)
+    assert node.rsplit(".", 1)[0] in ("0.attn.attn_q", "0.attn.attn_k", "0.attn.attn_v")
+    near = set(browser.run("[...document.querySelectorAll('.node.near')].map(g => g.id.replace('node-', ''))"))
+    assert near == {node} | {f"{a}.{i}" for a, i, b, o in edges_at(record, opened[2]) if f"{b}.{o}" == node} | {
+        f"{b}.{o}" for a, i, b, o in edges_at(record, opened[2]) if f"{a}.{i}" == node}
+    browser.key("Enter")
+    assert f"node={node}" in browser.run("location.hash")
+    browser.run("document.querySelector('#panel button[data-gate=\"0\"]').focus()")
+    browser.key("Enter")
+    assert browser.run("document.activeElement.dataset.gate") == "0"
+    assert f"off={node}" in browser.run("location.hash")
+    browser.key("Escape")
+    assert "node=" not in browser.run("location.hash")
+    assert browser.run("document.activeElement.id") == "panel-heading"
+
+
+def edges_at(record, model):
+    return [edge[:4] for edge in weights_between(model, record["nodes"])]
+
+
+def test_weak_edges_are_hidden_and_the_picture_is_enlarged(opened, browser):
+    """By the slider; by the buttons, and by the wheel with control, about the pointer."""
+    path = opened[0]
+    browser.open(path)
+    everything, width = browser.run(SHOWN), browser.run(WIDTH)
+    browser.run("document.getElementById('least').focus()")
+    for _ in range(30):
+        browser.key("ArrowRight")
+    some = browser.run(SHOWN)
+    assert some == browser.run("lines.filter(line => line.share >= 0.3).length") and 0 < some < everything
+    assert browser.run("document.getElementById('least-says').textContent") == "30%"
+    browser.click("#closer")
+    assert browser.run(WIDTH) == pytest.approx(width / 1.3, rel=1e-3)
+    browser.click("#reset-view")
+    assert browser.run(WIDTH) == width
+    browser.run("document.getElementById('diagram').scrollIntoView({block: 'center'})")
+    x, y = browser.run("(box => [box.x + 5, box.y + box.height / 2])"
+                       "(document.getElementById('diagram').getBoundingClientRect())")
+    browser.call("Input.dispatchMouseEvent", type="mouseWheel", x=x, y=y, deltaX=0, deltaY=-100, modifiers=2)
+    browser.wait_for(f"{WIDTH} < {width}")
+
+
+def test_a_link_brings_back_what_was_found(opened, browser):
+    """Mode, text, node, what is off, on and reversed; another link in the same page does so too; names that
+    do not exist are passed over."""
+    path, record, model = opened
+    value, key = node_names(record, "attn_v")[0], node_names(record, "attn_k")[0]
+    a, i, b, o = edges_at(record, model)[0]
+    edge = f"{a}.{i}:{b}.{o}"
+    browser.open(path, f"#text=if%20x&mode=without&node={value}&flip={value}&off={edge},7.attn.attn_v.1&on={key}")
+    states = """[document.getElementById('mode-without').getAttribute('aria-pressed'),
+        document.querySelector('#panel [aria-pressed=true]').dataset.gate,
+        document.getElementById('text').value, document.getElementById('changed').textContent,
+        [...document.querySelectorAll('.node.flipped')].map(g => g.id)]"""
+    pressed, gate, text, changed, flipped = browser.run(states)
+    assert (pressed, gate, text, flipped) == ("true", "-1", "if x", [f"node-{value}"])
+    assert changed.count(" off") == changed.count(" reversed") == changed.count(" on") == 1
+    expected, _ = oracle(model, record, browser.run("state.ids"), "without", [], [value], {(a, i, b, o)}, [key])
+    assert browser.answers()["logits"] == pytest.approx(expected, abs=1e-4)
+    browser.run(f"new Promise(done => {{ addEventListener('hashchange', done); "
+                f"location.hash = 'mode=whole&text=y&off={value}'; }})")
+    assert browser.run("[state.mode, state.text, [...state.off], state.flip.size, state.node]") == [
+        "whole", "y", [value], 0, ""]
+    assert browser.answers()["logits"] == pytest.approx(
+        oracle(model, record, browser.run("state.ids"), "whole", [value], [], set())[0], abs=1e-4)
+
+
+def test_a_text_on_which_circuit_and_model_differ_is_found(opened, browser):
+    """Among the texts to begin with; the two then choose different answers."""
+    browser.open(opened[0])
+    browser.click("#differ")
+    browser.wait_for("document.getElementById('examples').value !== '' "
+                     "|| document.getElementById('measured').textContent !== ''")
+    assert browser.run("document.getElementById('examples').value") != ""
+    chosen = []
+    for mode in ("circuit", "whole"):
+        browser.click(f"#mode-{mode}")
+        one, other = browser.answers()["logits"]
+        chosen.append(one > other)
+    assert chosen[0] != chosen[1]
+
+
+def test_a_node_is_measured_frozen_and_reversed(opened, browser):
+    """In the circuit and in the whole model; as it is, that is what the circuit's own measurement says."""
+    path, record = opened[:2]
+    browser.open(path, f"#mode=circuit&node={node_names(record, 'attn_out')[0]}")
+    browser.click("#measure-node")
+    browser.wait_for("document.querySelectorAll('#panel dl[role=status] dd').length === 6")
+    rows = browser.run("[...document.querySelectorAll('#panel dl[role=status] > *')].map(e => e.textContent)")
+    assert rows[::2] == [f"{what}, {where}" for where in ("circuit", "whole model")
+                         for what in ("as it is", "frozen", "reversed")]
+    assert len(set(rows[1::2])) > 3
+    browser.click("#measure")
+    browser.wait_for("document.getElementById('measured').textContent !== ''")
+    assert browser.run("document.getElementById('measured').textContent") == rows[1]
+
+
+def test_controls_have_names(opened, browser):
+    """For those who hear the page: every button, slider, choice and field says what it is."""
+    path, record = opened[:2]
+    browser.open(path, f"#node={node_names(record, 'attn_v')[0]}")
+    browser.call("Accessibility.enable")
+    tree = browser.call("Accessibility.getFullAXTree")["nodes"]
+    roles = ("button", "slider", "combobox", "textbox", "image")
+    named = [(node["role"]["value"], node.get("name", {}).get("value")) for node in tree
+             if not node["ignored"] and node["role"]["value"] in roles]
+    assert {role for role, _ in named} >= set(roles) and all(name for _, name in named)
+
+
+def test_a_narrow_window_and_paper(opened, browser):
+    """Nothing is wider than a window of 400 pixels; on paper there is no button, and the page is light."""
+    path = opened[0]
+    browser.call("Emulation.setDeviceMetricsOverride", width=400, height=800, deviceScaleFactor=1, mobile=False)
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    try:
+        browser.call("Emulation.setEmulatedMedia", media="", features=dark)
+        browser.open(path)
+        assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+        background = "getComputedStyle(document.body).backgroundColor"
+        assert browser.run(background) == "rgb(22, 24, 29)"
+        browser.call("Emulation.setEmulatedMedia", media="print", features=dark)
+        assert browser.run(background) == "rgb(252, 251, 248)"
+        assert browser.run("document.getElementById('closer').getClientRects().length") == 0
+        assert browser.run("document.getElementById('diagram').getBoundingClientRect().width") <= 400
+    finally:
+        browser.call("Emulation.clearDeviceMetricsOverride")
+        browser.call("Emulation.setEmulatedMedia", media="", features=[])
+
+
 def test_the_loss_over_all_contexts(opened, browser, encoding):
     """Measured on demand, it is PyTorch's."""
-    path, record = opened
+    path, record, _ = opened
     browser.open(path, "#mode=circuit")
     browser.click("#measure")
     browser.wait_for("Boolean(document.documentElement.dataset.measured)")
@@ -412,12 +593,12 @@ def test_the_first_sentences_say_how_often_the_circuit_is_right(opened, browser)
     """And how often the whole model is, from the record."""
     browser.open(opened[0])
     said = browser.run("document.getElementById('summary').textContent")
-    assert "right in 63.7% of the task's contexts, the whole model in 100.0%" in said
+    assert "right in 63.7% of the task's contexts; the whole model in 100.0%" in said
 
 
 def test_text_is_never_a_program(opened, browser):
     """Tokens, names and typed text that look like HTML are shown as they are; nothing is fetched."""
-    path, _ = opened
+    path = opened[0]
     for text in HOSTILE:
         browser.open(path, f"#text={quote(text, safe='')}")
         assert browser.run("document.title").startswith("a <b>task</b>")
@@ -431,13 +612,20 @@ def test_text_is_never_a_program(opened, browser):
 
 def test_a_large_model_gives_a_page_without_the_live_part(opened, browser, encoding, tmp_path, monkeypatch):
     """The circuit, the panels and the controls are there, and the page says why there is no more."""
-    _, record = opened
+    record = opened[1]
     monkeypatch.setattr(page, "LIVE", 100)
     path = tmp_path / "circuit.html"
     page.write(record, random_model(encoding, n_layer=1), random_data(encoding), path)
     browser.open(path, f"#node=0.attn.attn_v.{record['nodes']['0.attn.attn_v'][0]}")
     assert browser.complaints() == []
     assert "too large" in browser.run("document.getElementById('summary').textContent")
-    assert browser.run("document.getElementById('text').hidden")
+    hidden = browser.run("['live', 'modes'].map(id => document.getElementById(id).getClientRects().length)")
+    assert hidden == [0, 0] and browser.run("model") is None
     drawn = browser.run("document.querySelectorAll('#diagram .node').length")
     assert drawn == sum(map(len, record["nodes"].values()))
+    small = browser.run("document.documentElement.outerHTML.length")
+    lines = "[...document.querySelectorAll('#diagram .edge')].map(e => e.querySelector('title').textContent)"
+    without, words = browser.run(lines), browser.run("document.getElementById('words').textContent")
+    browser.open(opened[0])
+    assert browser.run(lines) == without and browser.run("document.getElementById('words').textContent") == words
+    assert small < browser.run("document.documentElement.outerHTML.length")

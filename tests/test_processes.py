@@ -310,15 +310,92 @@ def test_sighup(here, monkeypatch, ignored):
 
 
 def test_the_reader_of_a_pipe_is_gone(here):
-    """`train.py | head -3` ends soon after, without a traceback, with a checkpoint of its last step."""
+    """`train.py | head -3` ends soon after, without a traceback, with a checkpoint of its last step; the
+    command that resumes is printed where it can be read."""
     command = [sys.executable, os.path.join(REPO, "train.py"), "tiny.py", "--max_iters=100000"]
     with open("stderr.txt", "w") as err:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err)
     for _ in range(3):
         process.stdout.readline()
     process.stdout.close()
+    status, error = finish(process)
+    step = checkpoint()["step"]
+    assert status == 0 and step == log()[-1]["step"] + 1
+    assert re.fullmatch(rf"stopped before step {step}; go on with: python .*--init_from=resume\n", error)
+
+
+def test_ctrl_c_reaches_the_reader_of_the_pipe_too(here):
+    """`train.py | tee log` and Ctrl-C: tee is gone first; the command that resumes is not lost."""
+    command = [sys.executable, os.path.join(REPO, "train.py"), "tiny.py", "--max_iters=100000",
+               "--log_every_n_steps=50000", "--eval_interval=50000"]
+    with open("stderr.txt", "w") as err:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err)
+    while b"step     0 | loss" not in process.stdout.readline():
+        pass
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    status, error = finish(process)
+    assert status == 0 and checkpoint()["step"] > 0
+    assert re.fullmatch(r"stopped before step \d+; go on with: python .*--init_from=resume\n", error)
+
+
+FULL_OUTPUT = """
+update_ = train.update_
+def update_on_a_full_disk_(model, optimizer, scaler, step):
+    if step == 5:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    return update_(model, optimizer, scaler, step)
+train.update_ = update_on_a_full_disk_
+"""
+
+
+def test_a_disk_that_is_full_of_output(here, whole):
+    """No room for what is printed is no hang-up: the run stops with a checkpoint, a line that says why, and
+    a status that is not 0. Resumed, it ends as if nothing had been."""
+    status, error = finish(launch("train.py tiny.py", fault=FULL_OUTPUT))
+    first, second = error.splitlines()
+    assert status == 2
+    assert first.startswith("error: cannot write the standard output (No space left on device)")
+    assert second.startswith(f"stopped before step {checkpoint()['step']}; go on with: ")
+    assert checkpoint()["step"] in (6, 7)
+    assert run("train.py --init_from=resume") == 0
+    assert_ended_alike("out", whole)
+
+
+@pytest.mark.parametrize("script", [
+    "train.py tiny.py --max_iters=2 --out_dir=new", "sample.py --device=cpu --max_new_tokens=2",
+    "prepare.py --dataset=tiny.py --tokenizer=bytes --name=new --val_fraction=0.3",
+    "experiments/plot.py --out_dir=out"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("output, statuses, words", [
+    ("> /dev/full", {2}, "error: cannot write the standard output (No space left on device)"),
+    ("| true", {0, 141}, ""), (">&-", {0}, "")])
+def test_output_that_goes_nowhere(trained, script, output, statuses, words, unbuffered):
+    """A full disk is said in a line, a reader that has gone and a closed output in none. (A run of train.py
+    has a line more when it has begun: how to go on.)"""
+    command = f"{sys.executable} {REPO}/{script} {output}; exit ${{PIPESTATUS[0]}}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(["bash", "-c", command], env=environment, stderr=subprocess.PIPE, text=True,
+                          stdout=subprocess.DEVNULL, timeout=120, check=False)
+    error = [line for line in done.stderr.splitlines() if not line.startswith("stopped before")]
+    assert done.returncode in statuses and len(error) == bool(words), done.stderr
+    assert not words or error[0].startswith(words)
+
+
+def test_sigusr1_to_a_process(here, whole):
+    """It finishes its step, writes a checkpoint and ends well, as a scheduler that requeues it expects."""
+    process = launch("train.py tiny.py --eval_interval=100", fault="""
+        update_ = train.update_
+        def warned_update_(model, optimizer, scaler, step):
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return update_(model, optimizer, scaler, step)
+        train.update_ = warned_update_
+        """)
     assert finish(process) == (0, "")
-    assert checkpoint()["step"] == log()[-1]["step"] + 1
+    assert checkpoint()["step"] == 6
+    assert run("train.py tiny.py --init_from=auto") == 0
+    assert state() == state(out_dir=whole)
 
 
 def test_a_compiler_that_does_not_work_is_no_compiler(here, monkeypatch):

@@ -193,6 +193,11 @@ def without_tensor(name):
     ({}, None, {"afrac_loctypes": "attn_in,attn_pattern"}, "attn_pattern"),
     ({}, None, {"activation_type": "silu"}, "silu"),
     ({}, None, {"d_model": "wide"}, "beeg_config.json"),
+    *(({}, None, {key: value}, f"{key}=.* is no ") for key, value in [
+        ("afrac_loctypes", 0), ("afrac_loctypes", ["attn_in"]), ("block_size", 1.5), ("n_head", 2.0),
+        ("n_layer", 2.0), ("vocab_size", 257.0), ("dropout", None), ("bias", 1), ("afrac", "0.25"),
+        ("d_mlp", "64"), ("activation_type", None), ("d_model", True)]),
+    ({}, None, {"d_head": None, "n_head": 0}, "beeg_config.json"),
 ])
 def test_a_released_model_that_does_not_fit_is_refused(write, changes, tensors, keys, word):
     """In one sentence that names the part; nothing is dropped silently."""
@@ -207,6 +212,7 @@ def test_a_released_model_that_does_not_fit_is_refused(write, changes, tensors, 
     ("final_model.pt", b"not a checkpoint", ValueError), ("final_model.pt", None, OSError),
     ("final_model.pt", b".", ValueError), ("final_model.pt", b"G12", ValueError),
     ("beeg_config.json", b"{", ValueError), ("beeg_config.json", b"[1]", ValueError),
+    ("beeg_config.json", b"\xff", ValueError), ("beeg_config.json", b'{"a":' * 100_000, ValueError),
     ("beeg_config.json", None, OSError),
 ])
 def test_broken_files_of_a_released_model_are_refused(write, name, content, error):

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import random
 import resource
 import shlex
 import shutil
@@ -340,7 +341,8 @@ def test_settings_of_a_checkout_name_its_commit(tmp_path, monkeypatch):
         pytest.skip("needs git")
     monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    made = runs.Run({"out_dir": str(tmp_path), "x": 1}, runs.this_process("cpu"), None, None, None, None)
+    made = runs.Run({"out_dir": str(tmp_path), "x": 1}, runs.this_process("cpu"), None, None, None, None,
+                    log=runs.Log(str(tmp_path), 0, evaluates=True))
 
     def kept():
         runs.write_settings(made)
@@ -413,11 +415,175 @@ def test_a_new_run_moves_an_old_one_aside(here):
         assert tree(f"out/previous-{n}") == before
 
 
+@pytest.mark.parametrize("lost", ["ckpt.pt", "log.jsonl", "best.pt"])
+def test_what_is_left_of_a_run_is_moved_aside(here, lost):
+    """Also when one of its files is gone; and with it what circuit.py and the plot made of it."""
+    assert run("train.py tiny.py --max_iters=4") == 0
+    os.makedirs("out/circuits/quotes")
+    for name in ("circuits/quotes/circuit.json", "curves.png", "finished-3.pt"):
+        with open(f"out/{name}", "w") as f:
+            f.write(name)
+    os.remove(f"out/{lost}")
+    before = tree("out")
+    del before["lock"]  # which is the folder's, not the run's
+    assert run("train.py tiny.py --seed=2 --max_iters=4") == 0
+    assert tree("out/previous-1") == before
+    assert {name.split("/")[0] for name in tree("out")} == {
+        "ckpt.pt", "best.pt", "log.jsonl", "settings.json", "tokenizer.json", "lock", "previous-1"}
+
+
+@pytest.mark.parametrize("moves", range(11))
+def test_a_start_that_is_killed_between_two_moves_loses_nothing(here, monkeypatch, moves):
+    """After any number of files were moved all bytes of the old run are there; its checkpoint stays until
+    the others have been moved, and a new start brings out_dir in order."""
+    class Killed(BaseException):
+        pass
+
+    assert run("train.py tiny.py --max_iters=4") == 0
+    before, left = tree("out"), [moves]
+    replace = os.replace
+
+    def kill_later(source, target):
+        if not source.endswith(".tmp"):  # no write of a file, but a move
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", kill_later)
+        patch.setattr(shutil, "rmtree", lambda *arguments, **keywords: None)  # which a kill prevents too
+        if moves < 10:
+            with pytest.raises(Killed):
+                run("train.py tiny.py --seed=2 --max_iters=4")
+        else:
+            assert run("train.py tiny.py --seed=2 --max_iters=4") == 0
+    assert set(before.values()) <= set(tree("out").values())
+    if os.path.exists("out/ckpt.pt") and moves < 10:
+        shutil.copytree("out", "copy")
+        assert checkpoint()["settings"]["seed"] == 1337
+        assert run("train.py --init_from=resume --out_dir=copy") == 0
+    assert run("train.py tiny.py --seed=3 --max_iters=4") == 0
+    assert set(before.values()) <= set(tree("out").values()) and not os.path.exists("out/.starting")
+    assert checkpoint()["settings"]["seed"] == 3 and log()[-1]["step"] == 4
+
+
+def full_from_the_start(patch):
+    patch.setattr(torch, "save", fill_disk)
+
+
+def no_memory(patch):
+    call_before(patch, "estimate_loss", lambda *_: np.empty(2**56), owner=measures)
+
+
+def no_number(patch):
+    losses = dict.fromkeys(("train/loss", "val/loss", "val/bits_per_byte"), math.nan)
+    patch.setattr(measures, "estimate_loss", lambda *_: losses)
+
+
+def no_wandb(patch):
+    patch.setattr(runs.Log, "start_wandb", lambda *_: runs.fail("wandb: no key"))
+
+
+@pytest.mark.parametrize("breaks", [full_from_the_start, no_memory, no_number, no_wandb])
+def test_a_start_that_fails_leaves_the_run_that_was_there(here, monkeypatch, capsys, breaks):
+    """Until the first checkpoint of the new run is whole, all of the old one is where it was."""
+    assert run("train.py tiny.py --max_iters=4") == 0
+    before = tree("out")
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        breaks(patch)
+        assert run("train.py tiny.py --seed=2 --wandb_log=True" if breaks is no_wandb else
+                   "train.py tiny.py --seed=2") in (1, 2)
+    [line] = capsys.readouterr().err.splitlines()
+    assert tree("out") == before and "whole" not in line and "is out/ckpt.pt" not in line
+    assert run("train.py --init_from=resume --max_iters=8") == 0
+
+
+@pytest.mark.parametrize("breaks, words", [
+    (full_from_the_start, ["No space left on device", "no checkpoint yet", "out_dir"]),
+    (lambda patch: call_before(patch, "estimate_loss", lambda *_: shutil.rmtree("out"), owner=measures),
+     ["No such file", "no checkpoint yet"])], ids=["full", "vanished"])
+def test_a_first_checkpoint_that_cannot_be_written(here, monkeypatch, capsys, breaks, words):
+    """The line names the cause, and no checkpoint that is not there."""
+    breaks(monkeypatch)
+    assert run("train.py tiny.py") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in words) and "resume" not in line, line
+
+
+def test_a_checkpoint_that_is_missing_is_looked_for_in_what_was_moved(here, capsys):
+    """The error says where an earlier run is."""
+    os.makedirs("out/previous-1")
+    assert run("train.py --init_from=resume") == run("sample.py") == 2
+    assert capsys.readouterr().err.count("an earlier run is in out/previous-1") == 2
+
+
+def test_auto_goes_on_if_there_is_a_run(here, whole):
+    """One command for a first start and for each later one; an earlier run is not moved aside."""
+    command = "train.py tiny.py --init_from=auto"
+    assert interrupted_run(command, 5) == interrupted_run(command, 8) == run(command) == run(command) == 0
+    assert_ended_alike("out", whole)
+    assert not os.path.exists("out/previous-1")
+    assert checkpoint()["settings"]["init_from"] == "resume"
+
+
+@pytest.mark.parametrize("minutes, steps", [
+    (0, {0, 4, 8, 12}), (1e-9, set(range(13))), (60, {0, 4, 8, 12})])
+def test_checkpoints_by_time(here, whole, monkeypatch, minutes, steps):
+    """Besides those of evaluations there is one when `checkpoint_minutes` have passed, from which the run
+    goes on to the same end."""
+    saved = []
+    call_before(monkeypatch, "save", lambda run, name: saved.append(run.step), owner=runs.Run)
+    assert run(f"train.py tiny.py --checkpoint_minutes={minutes}") == 0
+    assert set(saved) == steps
+    assert_ended_alike("out", whole)
+
+
+def test_the_time_is_that_since_the_last_checkpoint(readings):
+    """Of any kind: the loop sets it to 0 at an evaluation. All ranks count the same seconds."""
+    add(readings, [0], seconds=100)
+    readings.read()
+    assert not readings.ask_for_checkpoint(2)
+    add(readings, [1], seconds=30)
+    readings.read()
+    assert not readings.ask_for_checkpoint(0) and readings.ask_for_checkpoint(2)
+    assert not readings.ask_for_checkpoint(2)
+
+
+def test_sigusr1_is_a_request_to_stop(readings):
+    """As schedulers send it before the time is up; a second one is none to end at once."""
+    for step in range(2):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        readings.add(step, torch.tensor(1.0), torch.tensor(2.0))
+        assert readings.read() == (1.0, 2.0, True)
+
+
+@pytest.mark.parametrize("flag, shared", [("", True), ("--wandb_new_run=True", False)])
+def test_a_copied_run_may_have_a_wandb_run_of_its_own(here, monkeypatch, flag, shared):
+    """Else it goes on in that of the original. The setting is of one command: what goes on from there has
+    the new run."""
+    asked = []
+
+    def start(log, settings):
+        asked.append(None if settings["wandb_new_run"] else log.wandb_id)
+        log.wandb_id = asked[-1] or f"id{len(asked)}"
+
+    monkeypatch.setattr(runs.Log, "start_wandb", start)
+    assert run("train.py tiny.py --max_iters=4 --wandb_log=True") == 0
+    shutil.copytree("out", "copy")
+    assert run(f"train.py --init_from=resume --out_dir=copy --max_iters=8 {flag}") == 0
+    assert run("train.py --init_from=resume --out_dir=copy --max_iters=12") == 0
+    assert asked == [None, "id1" if shared else None, "id1" if shared else "id2"]
+    assert checkpoint()["wandb_id"] == "id1"
+
+
 def test_out_dir_is_claimed_by_one_at_a_time(tmp_path):
     """A second claim of the same folder ends the script, until the first is given up."""
-    with runs.claim_out_dir(tmp_path), pytest.raises(SystemExit):
-        runs.claim_out_dir(tmp_path)
-    runs.claim_out_dir(tmp_path).close()
+    with runs.claim_out_dir(tmp_path), pytest.raises(SystemExit), runs.claim_out_dir(tmp_path):
+        pytest.fail("claimed twice")
+    with runs.claim_out_dir(tmp_path):
+        pass
 
 
 def test_a_folder_of_data_is_no_out_dir(here):
@@ -457,6 +623,144 @@ def test_best_checkpoint(here, monkeypatch, target, losses, best_step):
     assert (best["step"], last["step"]) == (best_step, 12)
     assert best["best_val_loss"] == last["best_val_loss"] == losses[best_step // 4]
     assert log()[-1]["val/best_loss"] == losses[best_step // 4]
+
+
+def test_best_is_at_the_l0_that_the_weights_have(here, capsys):
+    """Not at the one that is asked for: a finished dense run that is resumed with a lower target, and no
+    steps to reach it, is dense; with more steps the sparse model is the best."""
+    assert run("train.py tiny.py --target_l0_fraction=1") == 0
+    assert run("train.py --init_from=resume --target_l0_fraction=1/4") == 0
+    assert "no updates are left" in capsys.readouterr().out
+    for name in ("best.pt", "ckpt.pt"):
+        assert (checkpoint(name)["best_l0"], checkpoint(name)["l0"]) == (1.0, 1.0)
+    assert run("train.py --init_from=resume") == 0
+    assert checkpoint("best.pt")["best_l0"] == 1.0
+    assert run("train.py --init_from=resume --max_iters=24") == 0
+    best = checkpoint("best.pt")
+    assert (best["best_l0"], best["l0"], best["step"] > 12) == (0.25, 0.25, True)
+    weight = best["model"]["transformer.h.0.mlp.c_fc.weight"]
+    assert weight.count_nonzero() <= weight.numel() // 4
+
+
+def test_weights_that_were_not_pruned_yet_are_dense(here):
+    """A run without annealing, too, has its target only after its first update."""
+    flags = "--sparsity_anneal_start_fraction=0 --sparsity_anneal_end_fraction=0 --learning_rate=0"
+    assert interrupted_run(f"train.py tiny.py {flags} --eval_interval=100", 0) == 0
+    assert (checkpoint("best.pt")["step"], checkpoint("best.pt")["best_l0"]) == (0, 1.0)
+    assert checkpoint()["l0"] == 0.25
+
+
+def test_best_begins_anew_when_the_target_is_raised(here, capsys):
+    """No model can be as sparse as the best any more: it is moved aside, and one line says so."""
+    assert run("train.py tiny.py") == 0
+    best = state("best.pt")
+    capsys.readouterr()
+    assert run("train.py --init_from=resume --max_iters=48 --target_l0_fraction=1/2") == 0
+    [line] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("best.pt begins anew")]
+    assert "previous-1" in line and state("best.pt", "out/previous-1") == best
+    assert checkpoint("best.pt")["best_l0"] == 0.5
+    assert run("train.py --init_from=resume --max_iters=60") == 0  # the target stays: so does the best
+    assert "begins anew" not in capsys.readouterr().out and not os.path.exists("out/previous-2")
+
+
+def other_data():
+    """Prepare data/tiny anew, with the same tokenizer, from the text of this test."""
+    shutil.copy("data/tiny/tokenizer.json", "tokenizer.json")
+    source = os.path.abspath(__file__)
+    flags = "--name=tiny --tokenizer=tokenizer.json --val_fraction=0.3"
+    assert run(f"prepare.py --dataset={source} {flags}") == 0
+
+
+def test_a_run_that_goes_on_with_other_data_says_so(here, capsys):
+    """The checkpoint names the data that it was trained on; best.pt, which is of that, begins anew."""
+    assert interrupted_run("train.py tiny.py", 5) == 0
+    meta = json.loads(read("data/tiny/meta.json"))
+    assert checkpoint()["data"] == {"train": meta["train"], "val": meta["val"]}
+    best, tokens = state("best.pt"), meta["train"]["tokens"]
+    assert interrupted_run("train.py --init_from=resume", 6) == 0
+    assert "data of the checkpoint" not in capsys.readouterr().out
+    other_data()
+    capsys.readouterr()
+    assert interrupted_run("train.py --init_from=resume", 7) == 0
+    [line] = [x for x in capsys.readouterr().out.splitlines() if "is not the data of the checkpoint" in x]
+    now = json.loads(read("data/tiny/meta.json"))["train"]["tokens"]
+    assert f"{tokens:,}" in line and f"{now:,}" in line
+    assert state("best.pt", "out/previous-1") == best and not os.path.exists("out/best.pt")
+    assert run("train.py --init_from=resume") == 0
+    assert "data of the checkpoint" not in capsys.readouterr().out and os.path.exists("out/best.pt")
+
+
+def test_older_data_and_checkpoints_said_less(here, capsys):
+    """A checkpoint that names no data, and data whose bins have no sha256, are none to complain of."""
+    assert interrupted_run("train.py tiny.py", 5) == 0
+    saved = checkpoint()
+    del saved["data"]["train"]["sha256"], saved["data"]["val"]["sha256"]
+    torch.save(saved, "out/ckpt.pt")
+    assert interrupted_run("train.py --init_from=resume", 6) == 0
+    saved = checkpoint()
+    del saved["data"], saved["l0"]
+    torch.save(saved, "out/ckpt.pt")
+    meta = json.loads(read("data/tiny/meta.json"))
+    del meta["train"]["sha256"], meta["val"]["sha256"]
+    with open("data/tiny/meta.json", "w") as f:
+        json.dump(meta, f)
+    assert run("train.py --init_from=resume") == 0
+    assert "data of the checkpoint" not in capsys.readouterr().out and not os.path.exists("out/previous-1")
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_refused_or_unharmed(trained, capsys):
+    """Whatever bit it is: no weight is another without a word."""
+    with open("out/ckpt.pt", "rb") as f:
+        good = f.read()
+    before, draw, refused = state(), random.Random(3), 0
+    for _ in range(100):
+        bad = bytearray(good)
+        bad[draw.randrange(len(bad))] ^= 1 << draw.randrange(8)
+        with open("out/ckpt.pt", "wb") as f:
+            f.write(bad)
+        try:
+            found = runs.load_checkpoint("out/ckpt.pt")
+        except SystemExit:
+            refused += 1
+        else:
+            torch.save(found, "loaded.pt")
+            assert state("loaded.pt", ".") == before
+    assert refused > 50
+    assert all(line.startswith("error: out/ckpt.pt ") for line in capsys.readouterr().err.splitlines())
+
+
+@pytest.mark.parametrize("size", [runs.CHEAP, 0])
+def test_bins_are_what_was_prepared(here, monkeypatch, capsys, size):
+    """Their sha256 is compared where that is cheap: a token that became another one, of the vocabulary, is
+    noticed. Larger bins take too long for each start."""
+    monkeypatch.setattr(runs, "CHEAP", size)
+    tokens = np.memmap("data/tiny/train.bin", "<u2", "r+")
+    tokens[1000] ^= 1
+    tokens.flush()
+    assert run("train.py tiny.py --max_iters=1") == (2 if size else 0)
+    assert ("train.bin is not the file" in capsys.readouterr().err) == bool(size)
+
+
+def test_bins_that_may_not_be_read(here, monkeypatch, capsys):
+    """Those of another user: one line."""
+    def refuse(path, **keywords):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(np, "memmap", refuse)
+    assert run("train.py tiny.py") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: cannot read data/tiny/train.bin (Permission denied)")
+
+
+def test_other_tokenizers_are_told_with_the_remedy_that_works(trained, capsys):
+    """The same one for a run that goes on and for those who measure it: to prepare with the run's."""
+    shutil.rmtree("data/tiny")
+    shutil.copytree("data/other", "data/tiny")
+    assert run("train.py --init_from=resume") == 2
+    with pytest.raises(SystemExit):
+        runs.load_run("out", "ckpt.pt")
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == second and "--tokenizer=out/tokenizer.json" in first
 
 
 def test_best_is_at_the_l0_of_the_last_update(here):
@@ -517,7 +821,7 @@ def readings(monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: made.now)
     made.last_time = made.now
     yield made
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
