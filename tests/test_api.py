@@ -608,7 +608,7 @@ def test_a_released_folder_is_sampled_and_evaluated(exported, monkeypatch, capsy
 def test_data_that_does_not_go_with_a_released_model_is_refused(exported, capsys):
     """No data named, or of another tokenizer, in one line each."""
     exported()
-    for dataset, words in (("", "add --dataset=NAME"), ("other", "another tokenizer than the model")):
+    for dataset, words in (("", "add --dataset=NAME"), ("other", "has another tokenizer")):
         assert run(f"circuit.py --out_dir=released --dataset={dataset} --task=another {SMALL}") == 2
         [line] = capsys.readouterr().err.splitlines()
         assert words in line

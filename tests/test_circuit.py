@@ -788,7 +788,7 @@ def test_a_picture_is_drawn_again_from_the_file(task, capsys):
         patch.setattr("sys.argv", ["picture.py", "--circuit=task.json"])
         with pytest.raises(SystemExit):
             picture.main()
-    assert capsys.readouterr().err.startswith("error: cannot draw circuit='task.json'")
+    assert capsys.readouterr().err.startswith("error: cannot use circuit='task.json'")
 
 
 def test_shipped_tasks_are_well_formed():
