@@ -190,19 +190,16 @@ def difference(settings, other, but=()):
                      if name in other and name not in but and value != other[name])
 
 
-def adopt(settings, earlier, given, look):
+def adopt(settings, earlier, given):
     """Go on with the settings of an `earlier` run (name -> value), but for those that were `given` now.
 
-    `settings` (a script's globals()) change in place; what is no setting of the script is not added. Returns
-    what look() saw while all settings were the earlier run's, before those that were given came back.
+    `settings` (a script's globals()) change in place; what is no setting of the script is not added.
     """
     known = settings_of(settings)
     now = {name: settings[name] for name in given}
     settings.update({name: check(name, value, known, where=" (of the earlier run)")
                      for name, value in earlier.items() if name in known})
-    seen = look()
     settings.update(now)
-    return seen
 
 
 def check_rules(settings, rules):

@@ -5,7 +5,8 @@ The architecture is GPT-2's with six changes: RMSNorm, AbsTopK at the paper's no
 in every head, a dense bigram table beside the unembedding, an unembedding of its own, and no positional
 embedding. What makes the weights sparse is not in the forward pass: train.py calls `GPT.prune_` after every
 update. The definitions come first, then the configuration, then the modules that are built of them, from the
-leaves to the root. Where kernels.py has something faster, the body of a definition begins by asking for it.
+leaves to the root. A definition begins by asking kernels.py for the same, faster: to change one, delete
+these lines, or train with --fast_kernels=False; otherwise the change does nothing.
 """
 import math
 from dataclasses import dataclass
@@ -36,13 +37,13 @@ def abs_topk(x, k):
     """
     if not 1 <= k <= x.size(-1):
         raise ValueError(f"abs_topk keeps between 1 and {x.size(-1)} entries here, not {k}")
-    if kernels.can_abs_topk(x):  # the same entries, sooner; delete these two lines to change the definition
+    if kernels.can_abs_topk(x):  # the same entries, sooner
         return kernels.abs_topk(x, k)
     return torch.where(largest(x.detach().abs(), k), x, 0.0)
 
 
 def attention_weights(q, k, sink_logit):
-    """What the queries attend to (B, n_head, T, S): causal, with one key more, the sink, that takes a share.
+    """What the queries attend to (B, n_head, T, S), causally; one key more, the sink, takes its share.
 
     With scores s and sink logit b the weights are exp(s) / (exp(b) + sum exp(s)): a head may attend to
     nothing. q: (B, n_head, T, d_head), of the last T positions; k: (B, n_head, S, d_head).
@@ -63,7 +64,8 @@ def sink_attention(q, k, v, sink_logit, dropout_p):
 
 
 def weight_score(p):
-    """What ranks the weights of p: finite numbers, by magnitude. In training p.grad is the gradient."""
+    """What ranks the weights of p, by magnitude: finite numbers. In training p.grad is the normalized
+    gradient, which is not finite after an overflow in float16."""
     return p
 
 
@@ -258,14 +260,14 @@ def draw(logits, temperature, top_k):
     return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
 
 
-PRUNED = {  # module -> the dimension of its weight along which its neurons lie; each keeps a minimum (2.1)
+PRUNED = {  # module -> the dimension of its weight along which its neurons lie: each keeps a minimum (2.1)
     "wte": None, "wpe": None, "lm_head": None,  # embedding, positions, unembedding: no neurons
     "c_attn": 0,  # a row reads the stream for one channel of q, k or v
     "c_fc": 0,  # a row reads the stream for one MLP neuron
     "c_proj": 1,  # a column is what one channel of a head, or one MLP neuron, writes to the stream
 }
 DENSE = {"ln_1", "ln_2", "ln_f",  # gains, and LayerNorm's biases: one number a channel
-         "sink_logit", "bigram_table"}  # one number a head; what can be said without a circuit
+         "sink_logit", "bigram_table"}  # one number a head; logits that need no circuit
 
 
 class GPT(nn.Module):
@@ -327,8 +329,8 @@ class GPT(nn.Module):
             raise ValueError(f"{end} tokens do not fit the block_size of {self.config.block_size}")
         positions = torch.arange(start, end, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
-        for i, block in enumerate(self.transformer.h):
-            x = block(x, caches[i] if caches else None)
+        for block, cache in zip(self.transformer.h, caches or [None] * self.config.n_layer, strict=True):
+            x = block(x, cache)
         return x
 
     def unembed(self, x, idx):
@@ -407,11 +409,11 @@ class GPT(nn.Module):
                 with torch.inference_mode():  # a fifth faster than no_grad at one token a time
                     if caches is None or caches[0].length == self.config.block_size:
                         caches = [KVCache(self.config.block_size) for _ in self.transformer.h]
-                        new = idx[:, -self.config.block_size:]
-                    x = self.residual_stream(new, caches)
-                    new = draw(self.unembed(x[:, -1:], new[:, -1:])[:, -1], temperature, top_k)
-                    idx = torch.cat([idx, new], dim=1)
-                yield new.clone()  # what is made in inference mode cannot be trained on; its clone can
+                        unread = idx[:, -self.config.block_size:]
+                    x = self.residual_stream(unread, caches)
+                    token = unread = draw(self.unembed(x[:, -1:], idx[:, -1:])[:, -1], temperature, top_k)
+                    idx = torch.cat([idx, token], dim=1)
+                yield token.clone()  # what is made in inference mode cannot be trained on; its clone can
         finally:
             self.train(was_training)
 

@@ -615,7 +615,8 @@ class Run:
         write_checkpoint(os.path.join(self.log.folder, name), {
             "model": self.model.state_dict(), "optimizer": {"state": moments},
             "scaler": self.scaler.state_dict(), "config": asdict(self.model.config),
-            "settings": self.settings, "step": self.step, "l0": self.l0, "best_l0": self.best[0],
+            "settings": self.settings, "step": self.step, "l0": self.l0,
+            "lr": self.optimizer.param_groups[0]["lr"], "best_l0": self.best[0],
             "best_val_loss": self.best[1], "tokenizer_sha256": self.data.meta["tokenizer_sha256"],
             "data": {split: self.data.meta[split] for split in ("train", "val")},
             "wandb_id": self.log.wandb_id, "torch": str(torch.__version__)})
@@ -650,15 +651,16 @@ class Run:
                  "it")
 
     def compare_with(self, checkpoint, changed, rates):
-        """Say what is not as it was when a run goes on: the settings that `changed`, in words, with the
-        `rates` before and now, and the data. The model of a run that was finished is kept. best.pt, if it is
-        of other data or if no model can be as sparse any more, is moved aside and begins anew."""
+        """Say what is not as it was when a run goes on: the settings that `changed`, in words, with rates
+        then and the `rates` now, and the data. The model of a run that was finished is kept. best.pt, if it
+        is of other data or if no model can be as sparse any more, is moved aside and begins anew."""
         out_dir, then = self.settings["out_dir"], checkpoint.get("data", {})
         if changed and self.step == self.settings["max_iters"]:
             print(f"changed since the checkpoint: {changed} (but no updates are left: raise --max_iters)")
         elif changed:
             kept = keep_finished(out_dir, checkpoint, self.settings["max_iters"])
-            print(f"changed since the checkpoint: {changed} ({rates}){kept}")
+            before = f"L0 {self.l0:.4g}, lr {checkpoint.get('lr', math.nan):.2e}"  # an older one has none
+            print(f"changed since the checkpoint: {changed} ({before} -> {rates}){kept}")
         other = self.data.differs_from(then)
         if other:
             print(f"{self.settings['dataset']} is not the data of the checkpoint: it had "
@@ -688,17 +690,17 @@ def write_settings(run):
 
 
 def check_ranks_agree(run):
-    """Compare a checksum of all weights across ranks; end the run if they differ by a single bit."""
+    """Compare a checksum of the step and all weights across ranks; end the run if a single bit differs."""
     if run.process.world_size == 1:
         return
-    checksum = torch.zeros(1, dtype=torch.int64, device=run.process.device)
+    checksum = torch.full((1,), run.step, dtype=torch.int64, device=run.process.device)
     for p in run.model.parameters():
         checksum = 31 * checksum + p.detach().view(torch.int32).sum(dtype=torch.int64)
     checksums = [torch.empty_like(checksum) for _ in range(run.process.world_size)]
     dist.all_gather(checksums, checksum)
     differing = [rank for rank, other in enumerate(checksums) if other != checksums[0]]
     if differing:
-        stop(f"at step {run.step} the weights of rank {differing[0]} differ from those of rank 0",
+        stop(f"at step {run.step} the weights, or the step, of rank {differing[0]} are not those of rank 0",
              run.settings["out_dir"])
 
 

@@ -50,7 +50,7 @@ activation_sparsity_locations = ",".join(NODE_LOCATIONS)  # any of model.LOCATIO
 # weight sparsity
 target_l0_fraction = 1 / 64  # of the entries of every matrix stay nonzero; 1.0 trains dense
 sparsity_anneal_start_fraction = 0.01  # of training; until here the model is dense
-sparsity_anneal_end_fraction = 0.5  # of training; less than 1; from here on it is the target
+sparsity_anneal_end_fraction = 0.5  # of training; from here on L0 is the target, which 1 just misses
 min_weights_per_neuron = 4  # the paper's j; 0 switches it off
 sparsify_biases = True
 # optimizer
@@ -61,14 +61,14 @@ decay_lr = True  # linearly to zero at the end
 beta1 = 0.9
 beta2 = 0.95
 eps = 0.1  # not 1e-8: gradients have an RMS of 1, and what is far below that moves little
-weight_decay = 0.1
-grad_clip_rms = 1.0  # gradients are scaled, up or down, to this root mean square; 0 leaves them alone
+weight_decay = 0.1  # times the rate, the sharkfin included; of matrices, but not of the bigram table
+grad_clip_rms = 1.0  # no clip: gradients are scaled, up or down, to this root mean square; 0: they are not
 # batches
 dataset = "python_stdlib"  # a folder in data/ that prepare.py wrote, or the absolute path of one
 batch_size = 64  # sequences in a micro-batch: the most that fit the memory of a rank
 gradient_accumulation_steps = 8  # micro-batches in a step, over all ranks together
 max_iters = 10000  # updates
-seed = 1337  # of the weights and of the order of the data
+seed = 1337  # of the weights, of the order of the data, and of dropout
 # evaluation, checkpoints, logs
 out_dir = "out"  # ckpt.pt, best.pt, log.jsonl, settings.json and tokenizer.json are written here
 init_from = "scratch"  # or 'resume': out_dir's run goes on; 'auto': if there is one; or an out_dir, a
@@ -93,9 +93,9 @@ fast_kernels = True  # False: the definitions of model.py run as they stand ther
 DEFAULTS = configurator.settings_of(globals())
 # all of GPTConfig's but vocab_size, which the data decides, and n_head
 MODEL_SETTINGS = [f.name for f in fields(GPTConfig) if f.name in DEFAULTS]
-# what has no parameters: a new run that begins with the weights of a model may set these otherwise
+# a new run that begins with the weights of a model may change these, and no other of MODEL_SETTINGS
 CHANGEABLE = {"dropout", "activation_topk_fraction", "activation_sparsity_locations"}
-WHERE = {"out_dir", "init_from", "wandb_new_run"}  # of this command alone: no run that goes on keeps them
+WHERE = {"out_dir", "init_from", "wandb_new_run"}  # a run that goes on takes these from its own command
 
 # ----------------------------------------------------------------------------------------------------------
 # the method: two schedules and the step
@@ -207,7 +207,7 @@ def tokens_in_step():
 
 
 def due(step, every_n_steps):
-    """Whether what is logged every n steps is logged at this one. The last always is, but for 0: never."""
+    """Whether to log at this step: at every n-th and at the last; n = 0 never logs."""
     return every_n_steps > 0 and (step % every_n_steps == 0 or step == max_iters - 1)
 
 
@@ -262,7 +262,8 @@ def train(run):
         if run.step == max_iters:
             break
 
-        step, record, stopping, begun = run.step, {}, False, time.perf_counter()
+        begun = time.perf_counter()
+        step, record, stopping = run.step, {}, False
         loss = gradients_of_step(network, run.data, run.scaler, step, run.process)
         if run.log and due(step, log_gradients_every_n_steps):
             record |= measures.gradient_statistics(run.model, run.scaler.get_scale())
@@ -276,9 +277,7 @@ def train(run):
             loss, rms, stopping = readings.read()
         seconds, updates = seconds + time.perf_counter() - begun, updates + 1
 
-        if run.log:
-            record |= record_of_update(run.model, step, loss, rms, seconds / updates)
-        if record:
+        if run.log and (record := record | record_of_update(run.model, step, loss, rms, seconds / updates)):
             run.log.write({"step": step, **record})
         if due(step, log_every_n_steps):
             seconds, updates = 0.0, 0
@@ -328,38 +327,31 @@ def build_model(start, vocab_size, given):
         asked = GPTConfig(**{name: globals()[name] for name in MODEL_SETTINGS}, **fixed)
     except ValueError as e:
         fail(e)
-    model = start or GPT(asked)
-    for name in sorted(given & set(MODEL_SETTINGS) - (set() if init_from == "resume" else CHANGEABLE)):
-        has = getattr(model.config, name)
-        if getattr(asked, name) != has:
-            fail(f"{name}={globals()[name]!r} contradicts the model to go on with, which has {has!r}: leave "
-                 "the setting out, or start anew in another --out_dir")
+    model = start if init_from == "resume" else GPT(asked)
+    if start:
+        for name in sorted(given & set(MODEL_SETTINGS) - (set() if init_from == "resume" else CHANGEABLE)):
+            if getattr(asked, name) != (has := getattr(start.config, name)):
+                fail(f"{name}={globals()[name]!r} contradicts the model to go on with, which has {has!r}: "
+                     "leave the setting out, or start anew in another --out_dir")
+    if start and model is not start:
+        model.load_state_dict(start.state_dict())
     smallest = model.smallest_l0(min_weights_per_neuron)
     if target_l0_fraction < smallest:
         fail(f"target_l0_fraction={target_l0_fraction:.6g} is too small for min_weights_per_neuron="
              f"{min_weights_per_neuron}: the smallest that fits is {math.ceil(smallest * 1e6) / 1e6}")
-    if start and init_from != "resume":
-        model = GPT(asked)
-        model.load_state_dict(start.state_dict())
     return model
 
 
-def rates_after(step):
-    """Where the schedules stand after `step` updates, in words."""
-    last = max(step - 1, 0)
-    return f"L0 {l0_at(last):.4g}, lr {lr_at(last):.2e}"
-
-
-def begin(run, checkpoint, before):
-    """What the first rank does at the start: out_dir, the log, and what is printed. `before` says where the
-    schedules of the `checkpoint` stood, if the run goes on from one."""
+def begin(run, checkpoint):
+    """What the first rank does at the start: out_dir, the log, and what is printed."""
     folder = out_dir if checkpoint else runs.start_out_dir(out_dir, run.data.tokenizer)
     run.log = runs.Log(folder, run.step, evaluates(run.step), checkpoint and checkpoint.get("wandb_id"))
     if wandb_log:
         run.log.start_wandb(run.settings)
     if checkpoint:
         changed = configurator.difference(globals(), checkpoint["settings"], but=WHERE)
-        run.compare_with(checkpoint, changed, f"{before} -> {rates_after(run.step)}")
+        last = max(run.step - 1, 0)  # update
+        run.compare_with(checkpoint, changed, f"L0 {l0_at(last):.4g}, lr {lr_at(last):.2e}")
     runs.write_settings(run)
     print(f"settings that are not the defaults: {configurator.difference(globals(), DEFAULTS)}")
     n = sum(p.numel() for p in run.model.parameters())
@@ -381,8 +373,7 @@ def main():
     elif init_from != "scratch":
         start, tokenizer_path = runs.load_start(init_from)
         earlier = {name: getattr(start.config, name) for name in MODEL_SETTINGS}
-    before = configurator.adopt(globals(), earlier, given,
-                                lambda: rates_after(checkpoint["step"]) if checkpoint else "")
+    configurator.adopt(globals(), earlier, given)
     kernels.enabled = fast_kernels
     process = runs.this_process(device, dtype)
     check_training(process.world_size)
@@ -397,8 +388,8 @@ def main():
         run.restore_(checkpoint)
     with runs.claim_out_dir(out_dir) if process.rank == 0 else nullcontext():
         if process.rank == 0:
-            begin(run, checkpoint, before)
-        checkpoint = start = None  # which take four times the memory of the model
+            begin(run, checkpoint)
+        checkpoint = start = None  # to free the checkpoint's copy of weights and moments
         train(run)
     if dist.is_initialized():
         dist.destroy_process_group()

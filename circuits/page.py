@@ -35,12 +35,11 @@ QUANTILES = (1.0, 0.999, 0.99, 0.9, 0.5, 0.1, 0.01, 0.001, 0.0)
 EACH = 5  # contexts of a quantile
 BINS = 40
 SHOWN = ("task", "target_loss", "fit", "ablation", "answers", "answer_ids", "nodes", "edges", "scale",
-         "shift", "hard", "curve", "runs", "whole_train_loss", "edge_costs", "node_costs", "table", "caveats",
-         "warnings")  # of the record
+         "shift", "hard", "curve", "runs", "whole_train_loss", "edge_costs", "node_costs", "table",
+         "caveats", "warnings")  # of the record
 
 # ----------------------------------------------------------------------------------------------------------
 # arrays: all in one gzip, in base64
-
 
 TYPES = {"float32": "<f4", "int8": "i1", "uint16": "<u2", "uint32": "<u4"}
 
@@ -68,21 +67,16 @@ class Arrays:
         return base64.b64encode(gzip.compress(b"".join(self.parts), 9, mtime=0)).decode()
 
 
-def parameters_of(model, arrays):
-    """The parameters but the bigram table, name -> sparse array; tied ones once."""
-    named = dict(model.named_parameters())
-    return {name: arrays.sparse(p) for name, p in named.items() if name != "bigram_table"}
-
-
-def ends_of(model, kept, arrays):
-    """What a page without the model needs of it, to say what the kept channels of the stream have to do with
-    tokens: their part of embedding, unembedding and the last norm's gain."""
-    on = torch.zeros(model.config.d_model)
-    for site, channels in kept.items():
-        if site.endswith(("_in", "_out")):
-            on[channels] = 1
-    return {name: arrays.sparse(p * on) for name, p in model.named_parameters()
-            if name in ("transformer.wte.weight", "lm_head.weight", "transformer.ln_f.weight")}
+def parameters_of(model, live, kept, arrays):
+    """The parameters but the bigram table, name -> sparse array; tied ones once. Of a model that is not live
+    what says what the kept channels of the stream have to do with tokens: their part of both ends."""
+    named = {name: p for name, p in model.named_parameters() if name != "bigram_table"}
+    if not live:
+        on = torch.zeros(model.config.d_model)
+        on[[c for site in kept if site.endswith(("_in", "_out")) for c in kept[site]]] = 1
+        ends = ("transformer.wte.weight", "transformer.ln_f.weight", "lm_head.weight")
+        named = {name: named[name] * on for name in ends if name in named}
+    return {name: arrays.sparse(p) for name, p in named.items()}
 
 
 def bigrams_of(model, answers, arrays):
@@ -159,9 +153,9 @@ def describe_nodes(model, record, data, contexts, arrays):
     ordinary = values_on(model, kept, texts)
     task = values_on(model, kept, [ids for ids, _ in contexts])
     last = np.array([len(ids) - 1 for ids, _ in contexts])
-    first = np.array([right < other for _, (right, other) in contexts])  # of the lower id
-    if "positions" in record["contexts"]:
-        first = np.array([right == record["answer_ids"][0] for _, (right, _) in contexts])
+    in_val = "positions" in record["contexts"]  # the order is then that of the task, else of the ids
+    first = np.array([right == record["answer_ids"][0] if in_val else right < other
+                      for _, (right, other) in contexts])
     nodes, used = {}, {}
     for site, channels in kept.items():
         for i, channel in enumerate(channels):
@@ -251,12 +245,11 @@ def content(record, model, data, arrays):
     longest = max(len(ids) for ids, _ in contexts)
     padded = np.array([ids + [0] * (longest - len(ids)) for ids, _ in contexts])
     return {
-        "record": {key: record[key] for key in SHOWN if key in record},
-        "results": {name: record["results"][name]
-                    for name in ("circuit", "circuit_fitted", "whole") if name in record["results"]},
+        "record": {key: record[key] for key in SHOWN},
+        "results": {name: record["results"][name] for name in ("circuit", "circuit_fitted", "whole")},
         "config": asdict(model.config), "tokenizer": json.loads(data.tokenizer),
         "live": live, "nonzeros": number, "most": LIVE,
-        "parameters": parameters_of(model, arrays) if live else ends_of(model, record["nodes"], arrays),
+        "parameters": parameters_of(model, live, record["nodes"], arrays),
         "bigrams": bigrams_of(model, answers, arrays) if live else None,
         "means": {site: arrays.add(mean, "float32") for site, mean in record["means"].items()},
         "reads": {site: arrays.add(mean, "float32") for site, mean in record["reads"].items()},

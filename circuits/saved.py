@@ -113,7 +113,7 @@ class Circuit:
 @contextmanager
 def record_at(path):
     """What circuit.json holds, a dict, for a `with` block that makes something of it. What is wrong with the
-    file, however deep, ends the script with one line."""
+    file, however deep in it, ends the script with one line."""
     try:
         with open(path, encoding="utf-8") as f:
             record = json.load(f)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from circuits import controls as asked
-from circuits import picture, search
+from circuits import page, picture, search
 from circuits.nodes import Contexts, Nodes, count, means_over, node_sites, survival
 from conftest import REPO, read, run
 from model import GPT, GPTConfig
@@ -774,21 +774,48 @@ def test_a_task_of_templates(task, monkeypatch):
     assert [(len(part), int(part.sides().sum())) for part in seen[0]] == [(44, 0), (20, 0)]
 
 
-def test_a_picture_is_drawn_again_from_the_file(task, capsys):
-    """By circuits/picture.py; and a file that is none is refused in one line."""
+def again(module, *flags):
+    """What `python -m` of a module of circuits/ does."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("circuit", "image", "page"):
+            patch.setattr(module, name, "", raising=False)
+        patch.setattr("sys.argv", [module.__name__, *flags])
+        module.main()
+
+
+def test_picture_and_page_are_made_again_from_the_file(task, capsys):
+    """The same bytes of the page; not with a checkpoint that has changed since."""
     task(answers=["r", "t"], target_loss=5.0)
     circuit_of_task()
-    os.remove("out/circuits/task/circuit.png")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(picture, "image", "")
-        patch.setattr("sys.argv", ["picture.py", "--circuit=out/circuits/task/circuit.json"])
-        patch.setattr(picture, "circuit", "")
-        picture.main()
-        assert os.path.exists("out/circuits/task/circuit.png")
-        patch.setattr("sys.argv", ["picture.py", "--circuit=task.json"])
-        with pytest.raises(SystemExit):
-            picture.main()
-    assert capsys.readouterr().err.startswith("error: cannot use circuit='task.json'")
+    folder = "out/circuits/task"
+    before = read(f"{folder}/circuit.html")
+    os.remove(f"{folder}/circuit.png")
+    os.remove(f"{folder}/circuit.html")
+    again(picture, f"--circuit={folder}/circuit.json")
+    again(page, f"--circuit={folder}/circuit.json")
+    assert os.path.exists(f"{folder}/circuit.png") and read(f"{folder}/circuit.html") == before
+    with open("out/ckpt.pt", "ab") as f:
+        f.write(b" ")
+    with pytest.raises(SystemExit):
+        again(page, f"--circuit={folder}/circuit.json")
+    assert "has changed since" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", [picture, page])
+@pytest.mark.parametrize("text, words", [
+    ("{", "JSONDecodeError"), ("[" * 100_000, "RecursionError"), ("[]", "TypeError"), ("{}", "format"),
+    ('{"format": 1}', "its format is 1"), (None, "No such file"),
+    ('{"format": 2, "model": 7, "nodes": "x", "picture": 3}', "Error")])
+def test_a_file_that_is_no_circuit_is_one_line(module, text, words, tmp_path, capsys):
+    """It names the file and what is wrong, however deep that is."""
+    path = str(tmp_path / "circuit.json")
+    if text is not None:
+        (tmp_path / "circuit.json").write_text(text)
+    with pytest.raises(SystemExit):
+        again(module, f"--circuit={path}")
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: cannot use circuit={path!r}") and words in error
+    assert error.count("\n") == 1 and len(error) < 500
 
 
 def test_shipped_tasks_are_well_formed():
