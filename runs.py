@@ -406,8 +406,7 @@ def load_checkpoint(path):
             if name := f.testzip():
                 raise zipfile.BadZipFile(f"{name} has a wrong checksum")
         with warnings.catch_warnings(action="ignore"):  # our line, below, is enough
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = ENTRIES.keys() - checkpoint.keys()
+            checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         earlier = os.path.join(os.path.dirname(path), "previous-1")
         earlier = f"; an earlier run is in {earlier}" if os.path.isdir(earlier) else ""
@@ -415,7 +414,13 @@ def load_checkpoint(path):
     except Exception as e:  # noqa: BLE001  what torch.load raises depends on what is in the file
         reason = e if isinstance(e, zipfile.BadZipFile) else type(e).__name__
         fail(f"{path} is no readable checkpoint ({reason}): restore it, or give another --out_dir")
-    if missing:
+    check_entries(checkpoint, path)
+    return checkpoint
+
+
+def check_entries(checkpoint, path):
+    """End the script if an entry of a checkpoint is missing or makes no sense."""
+    if missing := ENTRIES.keys() - checkpoint.keys():
         fail(f"{path} is no checkpoint of train.py (it lacks {', '.join(sorted(missing))}): choose another")
     strange = [name for name, kind in (ENTRIES | NEWER).items()
                if name in checkpoint and not isinstance(checkpoint[name], kind)]
@@ -428,8 +433,7 @@ def load_checkpoint(path):
                 type(part) is dict and type(part.get("tokens")) is int for part in parts.values())),
         ) if not is_right]
     if strange:
-        fail(f"{path} is no checkpoint of train.py (its {strange[0]} is none): choose another")
-    return checkpoint
+        fail(f"{path} is no checkpoint of train.py (its {strange[0]} makes no sense): choose another")
 
 
 def model_of(checkpoint):

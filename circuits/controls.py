@@ -212,7 +212,7 @@ def embedding_weights(nodes, gates, contexts):
 
 
 FARTHEST = (2, 4, 8, 16, 32, 64, 2**30)  # tokens back: the steps in which attention by distance is told
-LISTED, LITTLE = 8, 0.01  # tokens of a head; what adds less than this share of the most is left out
+LISTED = 8  # tokens of a head
 
 
 @torch.no_grad()
@@ -220,9 +220,10 @@ def heads_of(nodes, gates, contexts, tokenizer):
     """'block.head' of each head with a kept value -> what it finds in the circuit: a dict.
 
     "tokens": rows [token, attention, [value of each kept channel], what one unit of attention to it adds to
-    the logit of the answer of lower id less that of the other, number of contexts], of those tokens that
-    add most in all. What it adds is the direct path: value, kept weights out, norm, unembedding. "distance":
-    [tokens back, mean attention to the first of these tokens], up to that distance from the one before.
+    the logit of the answer of lower id less that of the other, number of places], of those tokens that take
+    most attention in all. What it adds is the direct path: value, kept weights out, norm, unembedding.
+    "distance": [tokens back, mean attention to the first of these tokens], up to that distance from the one
+    before.
     """
     inside, model, found = nodes.activations(contexts, gates), nodes.model, {}
     real = torch.arange(contexts.idx.size(1), device=nodes.device) <= contexts.last[:, None]
@@ -246,9 +247,7 @@ def heads_of(nodes, gates, contexts, tokenizer):
             return x.new_zeros(len(ids)).index_add_(0, which, x) / times
 
         share, added, values = mean(attention), mean(adds), [mean(inside[site][:, c]) for c in channels]
-        in_all = (share * added * times).abs()
-        top = [i for i in in_all.argsort(descending=True)[:LISTED].tolist()
-               if in_all[i] >= LITTLE * in_all.max()]
+        top = (share * times).argsort(descending=True)[:LISTED].tolist()
         listed = torch.isin(which, torch.tensor(top[:1], device=nodes.device))
         steps = [(back < far) & (back >= near) & listed
                  for near, far in zip((0, *FARTHEST), FARTHEST, strict=False)]

@@ -9,7 +9,6 @@ import os
 
 import torch
 
-from circuits.nodes import matrices
 from circuits.saved import record_at
 from circuits.search import apply_fit
 from configurator import configure
@@ -23,19 +22,18 @@ TOKENS = 4  # spelled at a node
 EXAMPLES = 2  # of each answer
 NUMBERED = 80  # fewer weights than this bear their numbers
 COLORS = {True: "#1f5fa8", False: "#c0392b"}  # of positive and negative
-WIDTH = 165  # characters in a line of a context
+WIDTH = 152  # characters in a line of a context
 HEADS, ROWS, VALUES = 3, 6, 4  # at most, in the table of what heads find
 STRONGEST = 120  # edges that are drawn; of a larger circuit the rest is left out, and the title says so
 SITES = {  # location -> what its column is called, and its place among those of a block
     "attn_in": ("attention reads", 0), "attn_q": ("query", 1), "attn_k": ("key", 1), "attn_v": ("value", 1),
     "attn_out": ("attention writes", 2), "mlp_in": ("MLP reads", 3), "mlp_neuron": ("neuron", 4),
     "mlp_out": ("MLP writes", 5)}
-LEGEND = """Blue is positive, red negative; a line is as thick as its weight times the spread of the node
-that it comes from; dashed: a channel of the residual stream. 3/17: three of a node's 17 weights are in the
-circuit. Under queries, keys and neurons the tokens at which they are largest and smallest; under values
-those of which the last token reads most by them. Contexts: the darker a token, the more is attended to it;
-what comes next, and by how much the circuit, its logits fitted, prefers it to the other answer. The table:
-what the last token finds by a head, how much it attends to it, what the values are there, what that adds."""
+LEGEND = """Blue is positive, red negative. A line is as thick as its weight times the spread of the node it
+comes from; dashed: a channel of the stream that is written and read. Under queries, keys and
+neurons: the tokens at which they are largest and smallest; under values: those of which the
+last token reads most. Below, contexts: the darker a token, the more the last one attends to it;
+then the answer, and by how much of a (fitted) logit the circuit prefers it to the other."""
 
 # ----------------------------------------------------------------------------------------------------------
 # what is drawn
@@ -43,21 +41,6 @@ what the last token finds by a head, how much it attends to it, what the values 
 
 def location_of(site):
     return site.split(".")[-1]
-
-
-def edges_of(nodes, gates, kept):
-    """Lists of [site, channel, site, channel, weight] of the edges; and of every kept node, as
-    'site.channel', how many of its weights these are, and of how many."""
-    edges, number = [list(edge) for edge in nodes.edges_in(gates)], {}
-    for read, written, weight, _ in matrices(nodes.model):
-        ins, outs = kept.get(read, []), kept.get(written, [])
-        for site, channels, dim in ((read, ins, 0), (written, outs, 1)):
-            for c in channels:
-                number.setdefault(f"{site}.{c}", [0, 0])[1] += int(weight.select(1 - dim, c).count_nonzero())
-    for read, i, written, o, _ in edges:
-        number[f"{read}.{i}"][0] += 1
-        number[f"{written}.{o}"][0] += 1
-    return edges, number
 
 
 def stream_of(nodes, kept):
@@ -126,7 +109,6 @@ def examples_of(nodes, gates, contexts, kept, tokenizer, fit):
 def describe(nodes, gates, contexts, tokenizer, fit=(1.0, 0.0)):
     """All that `draw` needs of a circuit besides its size and loss: a dict that JSON can hold."""
     model, kept = nodes.model, nodes.kept(gates)
-    edges, number = edges_of(nodes, gates, kept)
     inside = nodes.activations(contexts, gates)
     unembedding = model.lm_head.weight * model.transformer.ln_f.weight
     present = contexts.idx.unique()
@@ -136,7 +118,8 @@ def describe(nodes, gates, contexts, tokenizer, fit=(1.0, 0.0)):
         tokens[str(channel)] = [[spell(tokenizer, int(present[t])), wte[t, channel].item()]
                                 for t in strongest if wte[t, channel] != 0]
     pair = contexts.answers[0].sort().values.tolist()
-    return {"edges": edges, "stream": stream_of(nodes, kept), "edges_of_node": number, "tokens": tokens,
+    return {"edges": [list(edge) for edge in nodes.edges_in(gates)], "stream": stream_of(nodes, kept),
+            "tokens": tokens,
             "spread": {f"{site}.{c}": inside[site][:, c].std().item() for site in kept for c in kept[site]},
             "d_head": model.config.d_head, "answers": [spell(tokenizer, t) for t in pair],
             "answer_edges": [[site, c, i, unembedding[t, c].item()] for site in kept if site.endswith("_out")
@@ -220,9 +203,9 @@ def draw_nodes(axis, record, at):
             label = f"{SITES[location][0]} {channel}, head {int(channel) // shown['d_head']}"
         elif location == "mlp_neuron":
             label = f"neuron {channel}"
-        some, of = shown["edges_of_node"].get(name, (0, 0))
-        if some < of:
-            label += f"\n{some}/{of}"
+        query = f"{site[:-1]}q"
+        if location == "attn_k" and int(channel) not in record["nodes"].get(query, []):
+            label += f"\nits query stays at {record['means'][query][int(channel)]:+.1f}"
         axis.text(x, y, label, fontsize=8, ha="center", va="center", zorder=3,
                   bbox={"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "0.3"})
         for line, positive in enumerate((True, False)):
@@ -308,10 +291,9 @@ def draw(record, path):
     c, w = record["results"]["circuit"], record["results"]["whole"]
     f = record["results"]["circuit_fitted"]
     figure.suptitle(f"{record['task']}: {c['nodes']:,} of {w['nodes']:,} nodes and {c['edges']:,} of "
-                    f"{w['edges']:,} weights, loss {c['loss']:.3f}, accuracy {c['accuracy']:.1%} (fitted "
-                    f"{f['loss']:.3f}, {f['accuracy']:.1%}; whole model {w['loss']:.3f}, "
-                    f"{w['accuracy']:.1%})" + f"; {left_out:,} weaker edges not drawn" * (left_out > 0),
-                    fontsize=10)
+                    f"{w['edges']:,} edges are right in {f['accuracy']:.1%}, with a fitted scale and shift "
+                    f"({c['accuracy']:.1%} without; whole model {w['accuracy']:.1%})"
+                    + f"; {left_out:,} weaker edges are not drawn" * (left_out > 0), fontsize=10)
     axis.set(xlim=(-0.75, right + 0.3), ylim=(-0.06, 1.05))
     axis.axis("off")
     axis.text(-0.75, -0.04, LEGEND, fontsize=7, color="0.3", va="top")

@@ -75,10 +75,10 @@ def test_a_path_may_begin_with_the_home_folder(monkeypatch, config_file):
     assert configured("~/config.py") == {"d_model": 7}
     monkeypatch.setenv("HOME", "/home/me")
     for value in ("~", "~/c/*.txt"):
-        settings, path = {"out_dir": "out", "dataset": "x", "start": ""}, config_file(f"out_dir = {value!r}")
-        configure(settings, [str(path), f"--dataset={value}", f"--start={value}"])
-        expected = value.replace("~", "/home/me")
-        assert settings == {"out_dir": expected, "dataset": expected, "start": value}
+        settings = {"out_dir": "out", "dataset": "x", "circuit": "", "checkpoint": "ckpt.pt", "start": ""}
+        path = config_file(f"out_dir = {value!r}")
+        configure(settings, [str(path), *(f"--{name}={value}" for name in settings if name != "out_dir")])
+        assert settings == dict.fromkeys(settings, value.replace("~", "/home/me")) | {"start": value}
 
 
 def test_files_and_flags_apply_in_the_order_given(config_file):

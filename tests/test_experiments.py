@@ -410,6 +410,17 @@ def test_evaluation_takes_all_windows_of_val_once(trained, monkeypatch, capsys):
         assert float(row["bits_per_byte"]) == pytest.approx(bits, abs=1e-3)
 
 
+def test_each_out_dir_may_begin_with_the_home_folder(trained, monkeypatch, capsys):
+    """The ~ of each is one, also after a comma; rows have the last part of their names."""
+    monkeypatch.setenv("HOME", os.getcwd())
+    shutil.copytree("out", "other")
+    monkeypatch.setattr(evaluate, "out_dirs", "~/out,~/other")
+    monkeypatch.setattr(sys, "argv", ["evaluate"])
+    evaluate.main()
+    rows = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert [row["model"] for row in rows] == ["out", "other", "counted bigrams"]
+
+
 def test_evaluation_is_of_one_data_set(trained, monkeypatch, capsys):
     """The bigrams are counted in the data of all the models."""
     shutil.copytree("data/tiny", "data/copy")
