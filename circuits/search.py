@@ -238,6 +238,7 @@ class Removal:
             there = {edge[:4] for edge in nodes.edges_in(gates)}
             self.gates[nodes.nodes:] = gates.new_tensor([edge in there for edge in self.nodes.edges])
         self.contexts, self.target, self.fit = contexts, target, fit
+        self.some = contexts[torch.arange(min(QUICKLY, len(contexts)), device=contexts.idx.device)]
         self.path = []
         self.note(self.loss(self.gates))
 
@@ -253,7 +254,7 @@ class Removal:
         both = self.gates[self.nodes.ends].ne(0).all(1)  # the edge of a node that is gone is no candidate
         edges = self.nodes.nodes + ((self.gates[self.nodes.nodes:] != 0) & both).nonzero()[:, 0]
         there = torch.cat([self.gates[:self.nodes.nodes].nonzero()[:, 0], edges])
-        costs = estimated_costs(self.nodes, self.contexts, self.gates, self.fit)[there]
+        costs = estimated_costs(self.nodes, self.some, self.gates, self.fit)[there]
         return there[costs.argsort(stable=True)].tolist()
 
     def without(self, candidates):
@@ -296,14 +297,13 @@ def needed(nodes, gates, contexts, target, fit=True):
     constant in what is left are folded into the biases.
     """
     circuit = Removal(nodes, gates, contexts, target, fit)
-    some = contexts[torch.arange(min(QUICKLY, len(contexts)), device=contexts.idx.device)]
     while order := circuit.candidates():
         large = [len(order) // part for part in (2, 4, 8) if len(order) // part > MEASURED]
         if large and circuit.take(order, large):
             continue
-        if circuit.take_of(circuit.by_measure(order[:MEASURED], some)):
+        if circuit.take_of(circuit.by_measure(order[:MEASURED], circuit.some)):
             continue
-        cheapest = list(circuit.by_measure(order, some))[:MEASURED]
+        cheapest = list(circuit.by_measure(order, circuit.some))[:MEASURED]
         if not circuit.take_of(circuit.by_measure(cheapest, contexts)):
             break
     return (*fold(circuit), circuit.path)
