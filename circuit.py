@@ -24,11 +24,12 @@ from circuits.loaded import load
 from circuits.nodes import count
 from circuits.tasks import FEWEST, Source, contexts_record, prompts_record, read_task
 from configurator import check_rules, configure, fail, one_line, settings_of
-from runs import load_data, write_atomically
+from runs import data_folder, load_data, write_atomically
 from tokenizer import tokenizer_in
 
-out_dir = "out"  # of the training run
+out_dir = "out"  # of the training run; or the folder of a released model
 checkpoint = "ckpt.pt"  # in out_dir: 'ckpt.pt' is the latest, 'best.pt' the sparsest of least val loss
+dataset = ""  # '': what it was trained on, which a released model does not say; data of its tokenizer
 task = "quotes"  # of tasks/NAME.json; or the path of such a file
 target_loss = 0.0  # of a circuit, in nats, chance being 0.693; 0: the task's own, or else the paper's 0.15
 ablation = "mean"  # what a node outside the circuit is: its 'mean' over train, or 'zero'
@@ -79,7 +80,7 @@ def all_contexts(loaded):
     source = Source(loaded, steps * batch_size, choosing_contexts, judging_contexts, seed)
     text, others = None, None
     if unseen:
-        text = load_data(os.path.join("data", unseen), loaded.model.config.block_size)
+        text = load_data(data_folder(unseen), loaded.model.config.block_size)
         if text.meta["tokenizer_sha256"] != loaded.data.meta["tokenizer_sha256"]:
             fail(f"data/{unseen} has another tokenizer: prepare it with --tokenizer={tokenizer_in(out_dir)}")
     try:
@@ -151,7 +152,7 @@ def main():
     configure(globals())
     kernels.enabled = fast_kernels
     how = check_settings()
-    loaded = load(out_dir, checkpoint, device)
+    loaded = load(out_dir, checkpoint, device, dataset)
     spec, *contexts = all_contexts(loaded)
     name, target = spec["name"], target_loss or spec["target_loss"]
     (learning, choosing, judging), (_, hard), _ = contexts

@@ -324,7 +324,8 @@ def check_able(name, nodes, train, choosing, target, fit, seed):
         remedy = (f"it could reach --target_loss={1.25 * loss:.2f}" if 1.25 * loss < 0.6 else
                   "that is about chance, 0.69: train it further, or choose another task")
         fail(f"the whole model does not do {name}: its loss is {loss:.3f} (accuracy {able['accuracy']:.1%}) "
-             f"on {len(choosing)} contexts of train, above the target of {target:g}; {remedy}")
+             f"on {len(choosing)} contexts of train, above the target of {target:g}; {remedy}. What "
+             "it can do: python -m circuits.askable --out_dir=...")
     for rule, known in baselines(nodes, train, choosing, seed).items():
         if rule in ("last_token", "bigram_table") and known["loss"] <= target:
             print(f"warning: the {rule.replace('_', ' ')} alone reaches the target, {known['loss']:.3f}: "

@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from circuits.loaded import record_at
+from circuits.saved import record_at
 from circuits.search import apply_fit
 from configurator import configure
 from figures import new_figure, save
