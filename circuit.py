@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 
 import kernels
+from checkpoints import write_atomically
 from circuits import controls as asked
 from circuits import page as page_of
 from circuits import picture, search
@@ -24,7 +25,7 @@ from circuits.loaded import load
 from circuits.nodes import count
 from circuits.tasks import FEWEST, Source, contexts_record, prompts_record, read_task
 from configurator import check_rules, configure, fail, one_line, settings_of
-from runs import load_data, write_atomically
+from runs import load_data
 from tokenizer import tokenizer_in
 
 out_dir = "out"  # of the training run

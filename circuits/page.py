@@ -16,10 +16,10 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
+from checkpoints import write_atomically
 from circuits.loaded import circuit_of, load, record_at
 from circuits.nodes import hooks, node_sites, weights_between
 from configurator import configure, fail
-from runs import write_atomically
 
 circuit = ""  # the path of a circuit.json
 page = ""  # where to write the page; '': circuit.html, beside it

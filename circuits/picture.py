@@ -9,10 +9,10 @@ import os
 
 import torch
 
+from circuits.figures import new_figure, save
 from circuits.loaded import record_at
 from circuits.search import apply_fit
 from configurator import configure
-from figures import new_figure, save
 from tokenizer import spell
 
 circuit = ""  # the path of a circuit.json

@@ -24,14 +24,14 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from checkpoints import load_checkpoint
+from circuits.figures import new_figure, plain, save
 from circuits.loaded import load
 from circuits.nodes import count
 from circuits.search import Search, fewest, first_of, learn_masks, loss_at, loss_of
 from circuits.tasks import Source, read_task
 from configurator import configure, fail, settings_of
 from experiments.ablations import last_of_log
-from figures import new_figure, plain, save
-from runs import load_checkpoint
 
 jobs = os.cpu_count() or 1  # processes; a GPU serves more than one, as the models are small
 device = "auto"  # 'auto', 'cpu', 'cuda'

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from checkpoints import load_checkpoint, model_of
 from circuits import controls as asked
 from circuits import page, picture, search
 from circuits.nodes import Contexts, Nodes, count, means_over, node_sites, survival
 from conftest import REPO, read, run
 from model import GPT, GPTConfig
-from runs import load_checkpoint, model_of
 from test_sparsity import some_tokens, tiny_model
 
 A, B, E, X, Y = 0, 1, 4, 5, 6  # tokens; 2 and 3 are a and b, and all others say nothing

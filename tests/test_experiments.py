@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-import runs
+import checkpoints
 from circuits.tasks import Source
 from conftest import REPO, checkpoint
 from experiments import ablations, circuit_sizes, evaluate, plot
@@ -353,14 +353,14 @@ def test_a_training_that_was_stopped_goes_on(prepared, small_search, monkeypatch
     monkeypatch.setattr(circuit_sizes, "TRAINING", f"{AN_EXPERIMENT} --dataset={prepared}/data/tiny")
     folder, commands = circuit_sizes.train("", 1), []
     path = os.path.join(folder, "ckpt.pt")
-    saved = runs.load_checkpoint(path)
+    saved = checkpoints.load_checkpoint(path)
     saved["step"] = 2
     torch.save(saved, path)
     run = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda command, **options: (
         commands.append(command), run(command, **options))[1])
     assert circuit_sizes.train("", 1) == folder and commands[0][-1] == "--init_from=resume"
-    assert runs.load_checkpoint(path)["step"] == 3
+    assert checkpoints.load_checkpoint(path)["step"] == 3
     circuit_sizes.train("", 1)
     assert len(commands) == 1
     with pytest.raises(SystemExit, match="smallest that fits"):
@@ -389,7 +389,7 @@ def test_evaluation_takes_all_windows_of_val_once(trained, monkeypatch, capsys):
     evaluate.main()
     found, bigrams = csv.DictReader(io.StringIO(capsys.readouterr().out))
     meta = json.loads(Path("data/tiny/meta.json").read_text())["val"]
-    model = runs.model_of(checkpoint()).eval()
+    model = checkpoints.model_of(checkpoint()).eval()
     val = torch.from_numpy(np.fromfile("data/tiny/val.bin", dtype="<u2").astype(np.int64))
     T, losses, kurtoses = model.config.block_size, [], []
     for start in range(0, len(val) - T, T):
@@ -425,7 +425,7 @@ def test_evaluation_is_of_one_data_set(trained, monkeypatch, capsys):
     """The bigrams are counted in the data of all the models."""
     shutil.copytree("data/tiny", "data/copy")
     shutil.copytree("out", "other")
-    saved = runs.load_checkpoint("other/ckpt.pt")
+    saved = checkpoints.load_checkpoint("other/ckpt.pt")
     saved["settings"]["dataset"] = "copy"
     torch.save(saved, "other/ckpt.pt")
     monkeypatch.setattr(evaluate, "out_dirs", "out,other")
@@ -478,7 +478,8 @@ def test_nothing_but_a_figure_needs_matplotlib():
     """Importing circuit.py loads none of it; drawing leaves pyplot, and with it the backend, alone."""
     code = """
 import sys
-import circuit, figures
+import circuit
+from circuits import figures
 from circuits import picture
 from experiments import ablations, circuit_sizes, plot
 assert "matplotlib" not in sys.modules
