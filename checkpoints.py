@@ -1,5 +1,5 @@
-"""What out_dir holds: a run's checkpoints and log, how they are written whole, and how a new run takes its
-place there while nothing of an earlier one is lost.
+"""What out_dir holds: a run's checkpoints, log and circuits, how they are written whole, and how a new run
+takes its place there while nothing of an earlier one is lost.
 
 Each file is written beside its place and renamed, so whatever ends a run, what is there is whole. What a
 user can mend ends the script with one line (`configurator.fail`).
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import torch
 
 import released
-from configurator import complain, fail, is_gone, lose_output, tell
+from configurator import complain, fail, is_gone, lose_output, one_line, read_json, tell
 from model import GPT, GPTConfig
 from tokenizer import tokenizer_in
 
@@ -242,6 +242,31 @@ def load_start(init_from, name=None):
     except (OSError, ValueError) as e:
         fail(f"init_from={init_from} must be 'scratch', 'resume', an out_dir with a ckpt.pt, a checkpoint "
              f"or the folder of a released model: {e}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the circuits of its model
+
+
+def start_circuit(out_dir, name, identity):
+    """The folder of the results of circuit.py for a task. An earlier result that has another identity, a
+    dict of what circuit.json says, is moved aside."""
+    folder = os.path.join(out_dir, "circuits", name)
+    path = os.path.join(folder, "circuit.json")
+    try:
+        if os.path.exists(path):
+            earlier = read_json(path)
+            if any(earlier.get(key) != value for key, value in identity.items()):
+                number = next(n for n in range(1, 10**6) if not os.path.exists(f"{folder}.previous-{n}"))
+                os.rename(folder, f"{folder}.previous-{number}")
+                print("an earlier circuit, of another checkpoint, task or ablation, is now in "
+                      f"{folder}.previous-{number}")
+        os.makedirs(folder, exist_ok=True)
+        write_atomically(os.path.join(folder, "writable"), "")
+        os.remove(os.path.join(folder, "writable"))
+    except (OSError, ValueError) as e:
+        fail(f"cannot write to {folder} ({one_line(e)}): move it away, or choose another --out_dir")
+    return folder
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """A trained model with all that it takes to ask it something: its tokenizer, its data, its device; and a
 circuit of it, from circuit.json."""
 import hashlib
-import json
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 
 import runs
 from circuits.nodes import Nodes, means_over, weights_between
-from configurator import fail, one_line
+from configurator import fail, one_line, read_json
 from model import GPT
 from tokenizer import load_tokenizer, tokenizer_in
 
@@ -61,12 +60,11 @@ def record_at(path):
     """What circuit.json holds, a dict, for a `with` block that makes something of it. What is wrong with the
     file, however deep in it, ends the script with one line."""
     try:
-        with open(path, encoding="utf-8") as f:
-            record = json.load(f)
+        record = read_json(path)
         if record["format"] != 2:
             raise ValueError(f"its format is {record['format']}, not 2")
         yield record
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         fail(f"cannot use circuit={path!r} ({one_line(e)}): give a circuit.json of circuit.py")
 
 

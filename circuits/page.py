@@ -19,7 +19,7 @@ import torch
 from checkpoints import write_atomically
 from circuits.loaded import circuit_of, load, record_at
 from circuits.nodes import hooks, node_sites, weights_between
-from configurator import configure, fail
+from configurator import configure, ends_explained, fail
 
 circuit = ""  # the path of a circuit.json
 page = ""  # where to write the page; '': circuit.html, beside it
@@ -285,6 +285,7 @@ def write(record, model, data, path):
     return len(text.encode())
 
 
+@ends_explained()
 def main():
     configure(globals())
     with record_at(circuit) as record:
