@@ -58,7 +58,8 @@ def write_atomically(path, text):
 # out_dir and its checkpoints
 
 
-RUN_FILES = r"(ckpt|best|finished-\d+)\.pt|log\.jsonl|(tokenizer|settings)\.json|circuits|curves\.png"
+RUN_FILES = (r"(ckpt|best|finished-\d+)\.pt|log\.jsonl|(tokenizer|settings)\.json|means-.*\.npz|circuits|"
+             r"curves\.png")
 STARTING = ".starting"  # where in out_dir a new run is until its first checkpoint is whole
 
 

@@ -25,11 +25,12 @@ from circuits.loaded import load
 from circuits.nodes import count
 from circuits.tasks import FEWEST, Source, contexts_record, joined_otherwise, prompts_record, read_task
 from configurator import check_rules, configure, ends_explained, fail, settings_of
-from runs import load_data
+from runs import data_folder, load_data
 from tokenizer import tokenizer_in
 
-out_dir = "out"  # of the training run
+out_dir = "out"  # of the training run; or the folder of a released model
 checkpoint = "ckpt.pt"  # in out_dir: 'ckpt.pt' is the latest, 'best.pt' the sparsest of least val loss
+dataset = ""  # '': what it was trained on, which a released model does not say; data of its tokenizer
 task = "quotes"  # of tasks/NAME.json; or the path of such a file
 target_loss = 0.0  # of a circuit, in nats, chance being 0.693; 0: the task's own, or else the paper's 0.15
 ablation = "mean"  # what a node outside the circuit is: its 'mean' over train, or 'zero'
@@ -80,7 +81,7 @@ def all_contexts(loaded):
     source = Source(loaded, steps * batch_size, choosing_contexts, judging_contexts, seed)
     text, others = None, None
     if unseen:
-        text = load_data(os.path.join("data", unseen), loaded.model.config.block_size)
+        text = load_data(data_folder(unseen), loaded.model.config.block_size)
         if text.meta["tokenizer_sha256"] != loaded.data.meta["tokenizer_sha256"]:
             fail(f"data/{unseen} has another tokenizer: prepare it with --tokenizer={tokenizer_in(out_dir)}")
     try:
@@ -142,15 +143,15 @@ def main():
     configure(globals())
     kernels.enabled = fast_kernels
     how = check_settings()
-    loaded = load(out_dir, checkpoint, device)
+    loaded = load(out_dir, checkpoint, device, dataset)
     spec, *contexts = all_contexts(loaded)
     name, target = spec["name"], target_loss or spec["target_loss"]
     (learning, choosing, judging), (_, hard), _ = contexts
     identity = {"sha256": loaded.sha256, "task_sha256": spec["sha256"], "ablation": ablation}
-    folder = start_circuit(out_dir, name, identity)
     nodes = loaded.nodes(ablation, mean_windows)
     whole = asked.check_able(name, nodes, loaded.data.train, choosing, target, fit, seed,
                              joined_otherwise(spec, loaded.tokenizer))
+    folder = start_circuit(out_dir, name, identity)
     print(f"{name}: {nodes.number:,} nodes; target loss {target:g} on train, where the whole model has "
           f"{whole:.3f}; {len(learning):,} contexts to learn on, {len(choosing)} to choose the size on, "
           f"{len(judging)} to judge by", flush=True)

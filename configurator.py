@@ -37,10 +37,22 @@ def complain(message):
             print(line, file=sys.stderr, flush=True)
 
 
+class UserError(SystemExit):
+    """What `fail` raises: an error that a user can mend, its text the sentence that says how.
+
+    It is a SystemExit so that every script ends with status 2 and no traceback, wherever it is raised. A
+    notebook does not end by it, but shows the sentence; `except UserError as e` has it in str(e).
+    """
+
+    def __init__(self, message):
+        super().__init__(str(message))
+        self.code = 2
+
+
 def fail(message):
     """End the script as user errors do: one line on stderr, exit status 2."""
     complain(message)
-    raise SystemExit(2)
+    raise UserError(message)
 
 
 def tell(line):

@@ -11,7 +11,7 @@ import torch
 
 from configurator import read_json, shown
 from model import GPT, GPTConfig
-from tokenizer import read_tokenizer, tokenizer_in
+from tokenizer import name_with_digest, tokenizer_in, tokenizer_named
 
 NAMES = {  # key of beeg_config.json -> field of GPTConfig
     "block_size": "block_size", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
@@ -74,9 +74,8 @@ def read(folder):
         raise ValueError(f"{path} does not fit its beeg_config.json: {reason}") from None
     if config.use_bigram_table and not theirs.get("learnable_bigram_table", False):
         model.bigram_table.requires_grad_(False)
-    model.tokenizer_name, model.tokenizer_sha256 = theirs.get("tokenizer_name", "tinypython_2k"), None
-    if os.path.exists(path := tokenizer_in(folder)):
-        _, model.tokenizer_sha256 = read_tokenizer(path)
+    name = theirs.get("tokenizer_name", "tinypython_2k")
+    model.tokenizer_name, model.tokenizer_sha256 = tokenizer_named(name, tokenizer_in(folder))
     return model
 
 
@@ -140,7 +139,7 @@ def write(model, folder, tokenizer=None):
         "afrac": None if config.activation_topk_fraction == 1 else config.activation_topk_fraction,
         "afrac_loctypes": ",".join(config.locations),
         "learnable_bigram_table": config.use_bigram_table and model.bigram_table.requires_grad,
-        "tokenizer_name": json.loads(tokenizer or "{}").get("name", getattr(model, "tokenizer_name", "bpe"))}
+        "tokenizer_name": name_with_digest(model, tokenizer)}
     tensors = {name.replace("attn.sink_", "attn.attn_imp.sink_"): t.cpu() for name, t in tensors.items()}
     tensors.setdefault("transformer.wpe.weight", torch.zeros(config.block_size, config.d_model))
     tensors["final_logits_bias"] = torch.zeros(config.vocab_size)

@@ -29,6 +29,7 @@ from checkpoints import (
     Log,
     keep_finished,
     load_checkpoint,
+    load_start,
     model_of,
     move_aside,
     settle,
@@ -230,14 +231,14 @@ def check_tokenizer(model, path, folder, meta):
     if not same:
         fail(f"the data in {folder} has another tokenizer, {meta.get('tokenizer')!r}, than the model: "
              f"prepare it again with {shlex.quote(f'--tokenizer={needed}')}")
+    if meta["vocab_size"] > model.config.vocab_size:
+        fail(f"the data's vocabulary of {meta['vocab_size']} exceeds the model's {model.config.vocab_size}: "
+             "prepare the data with the model's tokenizer")
 
 
 def check_start(model, path, folder, meta):
     """End the script unless the data in `folder` can train the model, whose tokenizer is at `path`."""
     check_tokenizer(model, path, folder, meta)
-    if meta["vocab_size"] > model.config.vocab_size:
-        fail(f"the data's vocabulary of {meta['vocab_size']} exceeds the model's {model.config.vocab_size}: "
-             "prepare the data with the model's tokenizer")
     if not all(p.requires_grad for p in model.parameters()):
         fail("the bigram table of this model is marked as fixed: it can be sampled from, not trained, here")
 
@@ -250,15 +251,37 @@ def windows(tokens, starts, block_size, process):
     return rows[:, :-1], rows[:, 1:]
 
 
-def load_run(out_dir, name):
-    """A trained run: checkpoint `name` (a dict) without the optimizer, the model to evaluate, the data."""
-    checkpoint = load_checkpoint(os.path.join(out_dir, name))
-    del checkpoint["optimizer"]  # twice the size of the model, and of no use here
-    model = model_of(checkpoint).eval()
-    folder = os.path.join("data", checkpoint["settings"]["dataset"])
+def data_folder(dataset):
+    """The folder of a data set: in data/ of the current folder or, if it is not there, of the repository."""
+    here = os.path.join("data", dataset)
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), here)
+    if not os.path.isdir(here) and not os.path.isdir(beside):
+        fail(f"no data in {here}" + f", nor in {beside}" * (beside != here)
+             + f": {REMEDY}")
+    return here if os.path.isdir(here) else beside
+
+
+def load_run(out_dir, name="ckpt.pt", dataset=""):
+    """A trained model: checkpoint `name` (a dict) without the optimizer, the model to evaluate, the data.
+
+    Instead of an out_dir the path of a checkpoint, or the folder of a released model, of which the dict says
+    less: its "step" is None, and its `dataset` must be given. "path" says where the weights are.
+    """
+    if os.path.exists(os.path.join(out_dir, "beeg_config.json")):
+        if not dataset:
+            fail(f"{out_dir} holds a released model, which does not say what it was trained on: add "
+                 "--dataset=NAME, data that is prepared with its tokenizer")
+        model, path = load_start(out_dir)[0], os.path.join(out_dir, "final_model.pt")
+        checkpoint = {"settings": {"dataset": dataset}, "step": None}
+    else:
+        path = out_dir if os.path.isfile(out_dir) else os.path.join(out_dir, name)
+        checkpoint = load_checkpoint(path)
+        del checkpoint["optimizer"]  # twice the size of the model, and of no use here
+        model = model_of(checkpoint)
+    folder = data_folder(dataset or checkpoint["settings"]["dataset"])
     data = load_data(folder, model.config.block_size)
-    check_tokenizer(model, tokenizer_in(out_dir), folder, data.meta)
-    return checkpoint, model, data
+    check_tokenizer(model, tokenizer_in(os.path.dirname(path)), folder, data.meta)
+    return checkpoint | {"path": path}, model.eval(), data
 
 
 # ----------------------------------------------------------------------------------------------------------

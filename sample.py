@@ -15,7 +15,7 @@ from configurator import configure, ends_explained, fail, one_line
 from runs import this_process
 from tokenizer import PLUG_IN, load_tokenizer, read_tokenizer, token_bytes, tokenizer_in
 
-out_dir = "out"  # of the training run
+out_dir = "out"  # of the training run; or the folder of a released model
 checkpoint = "ckpt.pt"  # in out_dir: 'ckpt.pt' is the latest, 'best.pt' the sparsest of least val loss
 init_from = "resume"  # out_dir's checkpoint; or another's path, or the folder of a released model
 start = "<|endoftext|>"  # the prompt, or FILE:path of a text with it; the default begins a new document
@@ -40,7 +40,9 @@ def check_sampling():
 
 def load_model(given):
     """The model to sample from, and its tokenizer. `given` are the names of the settings that were set."""
-    if init_from == "resume":
+    if init_from == "resume" and os.path.exists(os.path.join(out_dir, "beeg_config.json")):
+        model, path = load_start(out_dir)
+    elif init_from == "resume":
         model = model_of(load_checkpoint(os.path.join(out_dir, checkpoint)))
         path = tokenizer_in(out_dir)
     elif "out_dir" in given:

@@ -44,6 +44,31 @@ def load_tokenizer(path):
         raise ValueError(f"{path} is not a tokenizer that prepare.py wrote ({one_line(e)})") from e
 
 
+DIGEST = ", sha256 "  # what stands before it in the name that a released model's folder gives its tokenizer
+
+
+def name_with_digest(model, text=None):
+    """The name of the model's tokenizer, whose tokenizer.json has this `text`, and the digest of that file:
+    of models whose file is lost too. What tiktoken knows by its name needs no digest."""
+    name, digest = getattr(model, "tokenizer_name", "bpe"), getattr(model, "tokenizer_sha256", None)
+    if text:
+        name, of_text = json.loads(text)["name"], hashlib.sha256(text.encode()).hexdigest()
+        if digest not in (None, of_text):
+            raise ValueError("this is not the tokenizer.json of the model: give that of its run or its data")
+        digest = of_text
+    return name + DIGEST + digest if digest and name not in tiktoken.list_encoding_names() else name
+
+
+def tokenizer_named(name, path):
+    """What `name_with_digest` was given, the name and the digest or None; the digest, too, of the file at
+    `path`, if there is one: ValueError if that is another."""
+    name, _, digest = str(name).partition(DIGEST)
+    beside = read_tokenizer(path)[1] if os.path.exists(path) else None
+    if digest and beside not in (None, digest):
+        raise ValueError(f"{path} is not the tokenizer that the model's folder names: put that one there")
+    return name, beside or digest or None
+
+
 def save_tokenizer(encoding, path):
     """Write `encoding` as JSON, one token per line in the order of ids.
 

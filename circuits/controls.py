@@ -75,12 +75,12 @@ def baselines(nodes, train, contexts, seed):
     }
 
 
-def random_draws(nodes, gates, contexts, seed):
-    """Results of as many random nodes per site, as a circuit and when they are ablated: two lists."""
+def random_draws(nodes, gates, choosing, judging, seed):
+    """Results, fitted, of as many random nodes per site, as a circuit and when ablated: two lists."""
     generator = torch.Generator().manual_seed(seed)
     drawn = [random_like(nodes, gates, generator) for _ in range(DRAWS)]
-    return ([result(nodes.judge(contexts, g)) | count(nodes, g) for g in drawn],
-            [result(nodes.judge(contexts, g)) | count(nodes, g) for g in map(nodes.others, drawn)])
+    return ([fitted(nodes, g, choosing, judging) | count(nodes, g) for g in drawn],
+            [fitted(nodes, g, choosing, judging) | count(nodes, g) for g in map(nodes.others, drawn)])
 
 
 def agreement(nodes, gates, contexts, fit=(1.0, 0.0)):
@@ -181,8 +181,8 @@ def rest_otherwise(nodes, gates, contexts, text, fit, seed):
     return found
 
 
-def random_edges(nodes, gates, contexts, seed):
-    """Results of as many random edges, with all the nodes that they join, as a circuit: a list."""
+def random_edges(nodes, gates, choosing, judging, seed):
+    """Results, fitted, of as many random edges, with all the nodes that they join, as a circuit: a list."""
     generator, whole, drawn = torch.Generator().manual_seed(seed), nodes.with_edges(()), []
     every = whole.edges_in(torch.ones(nodes.nodes, device=nodes.device))
     number = count(nodes, gates)["edges"]
@@ -193,7 +193,7 @@ def random_edges(nodes, gates, contexts, seed):
             kept[[nodes.places[a] + i, nodes.places[b] + o]] = 1
         inside = whole.with_edges([edge[:4] for edge in whole.edges_in(kept)])
         kept = torch.cat([kept, kept.new_tensor([edge in edges for edge in inside.edges])])
-        drawn.append(result(inside.judge(contexts, kept)) | count(inside, kept))
+        drawn.append(fitted(inside, kept, choosing, judging) | count(inside, kept))
     return drawn
 
 
@@ -324,7 +324,8 @@ def check_able(name, nodes, train, choosing, target, fit, seed, reason=""):
         remedy = reason or (f"it could reach --target_loss={1.25 * loss:.2f}" if 1.25 * loss < 0.6 else
                   "that is about chance, 0.69: train it further, or choose another task")
         fail(f"the whole model does not do {name}: its loss is {loss:.3f} (accuracy {able['accuracy']:.1%}) "
-             f"on {len(choosing)} contexts of train, above the target of {target:g}; {remedy}")
+             f"on {len(choosing)} contexts of train, above the target of {target:g}; {remedy}. What "
+             "it can do: python -m circuits.askable --out_dir=...")
     for rule, known in baselines(nodes, train, choosing, seed).items():
         if rule in ("last_token", "bigram_table") and known["loss"] <= target:
             print(f"warning: the {rule.replace('_', ' ')} alone reaches the target, {known['loss']:.3f}: "
@@ -428,12 +429,14 @@ def seeds_agree(nodes, runs, chosen):
 
 def without_searches(nodes, gates, sets, beyond, fit, seed):
     """All that is asked of a circuit besides its own result, but for the searches: name -> result."""
-    judging, rest = sets[-1], nodes.others(gates)
-    random, without_random = random_draws(nodes, gates, judging, seed)
+    (_, choosing, judging), rest = sets, nodes.others(gates)
+    random, without_random = random_draws(nodes, gates, choosing, judging, seed)
     return {
+        "nothing_fitted": fitted(nodes, 0 * gates, choosing, judging),
         "without": result(nodes.judge(judging, rest)) | count(nodes, rest),
+        "without_fitted": fitted(nodes, rest, choosing, judging),
         "without_random": without_random, "random": random,
-        "random_edges": random_edges(nodes, gates, judging, seed),
+        "random_edges": random_edges(nodes, gates, choosing, judging, seed),
         "otherwise": rest_otherwise(nodes, gates, judging, beyond["ordinary text"], fit, seed),
         "faithfulness": faithfulness(nodes, gates, judging, seed, fit),
         "beyond": {name: {"circuit": agreement(nodes, gates, contexts, fit),
@@ -455,8 +458,10 @@ HEADINGS = {
     "chance": "chance", "last_token": "last token alone", "bigram_table": "bigram table alone",
     "whole": "whole model", "whole_fitted": "  its logits fitted",
     "random_order": "  tokens in random order", "nothing": "all nodes ablated",
+    "nothing_fitted": "  the logits fitted",
     "found": "nodes that were found", "found_fitted": "  their logits fitted",
     "circuit": "CIRCUIT", "circuit_fitted": "  its logits fitted", "without": "model without the circuit",
+    "without_fitted": "  its logits fitted",
     "without_random": "model without random nodes", "random": "random nodes",
     "random_edges": "random edges", "weights_drawn_anew": "weights drawn anew",
     "weights_shuffled": "weights shuffled", "labels_shuffled": "labels shuffled",
@@ -466,7 +471,7 @@ HEADINGS = {
 
 def table_of(results):
     """A row of texts for each result of HEADINGS: heading, loss, accuracy, nodes, edges, a note. Of several
-    draws, the range of their losses and accuracies. Searches are judged with their logits fitted."""
+    draws, the range of their losses and accuracies. Random draws and searches have their logits fitted."""
     rows = []
     for key, heading in HEADINGS.items():
         draws = results.get(key, [])

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from checkpoints import write_atomically
-from circuits.loaded import circuit_of, load, record_at
+from circuits.loaded import load
 from circuits.nodes import hooks, node_sites, weights_between
+from circuits.saved import circuit_of, record_at
 from configurator import configure, ends_explained, fail
 
 circuit = ""  # the path of a circuit.json
@@ -289,7 +290,7 @@ def write(record, model, data, path):
 def main():
     configure(globals())
     with record_at(circuit) as record:
-        loaded = load(*os.path.split(record["model"]), device="cpu")
+        loaded = load(*os.path.split(record["model"]), device="cpu", dataset=record["dataset"])
         if loaded.sha256 != record["sha256"]:
             fail(f"{loaded.path} has changed since {circuit} was written: run circuit.py again")
         path = page or os.path.join(os.path.dirname(circuit), "circuit.html")

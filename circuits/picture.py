@@ -10,7 +10,7 @@ import os
 import torch
 
 from circuits.figures import drawable, new_figure, save
-from circuits.loaded import record_at
+from circuits.saved import record_at
 from circuits.search import apply_fit
 from configurator import configure, ends_explained
 from tokenizer import spell

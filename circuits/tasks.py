@@ -182,6 +182,8 @@ class Source:
 
     def three_sets(self, spec):
         """Contexts to learn masks on, to choose the size on, to judge by; either answer right as often."""
+        if "families" in spec:
+            raise ValueError(f"{spec['name']} is a list of hard inputs, which a task has beyond its own")
         if "pair" in spec:
             train = self.of_text(self.loaded.data.train, "train", spec, self.choosing + self.learning)
         else:

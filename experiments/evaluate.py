@@ -20,8 +20,9 @@ from configurator import configure, ends_explained, fail
 from measures import kurtosis, sparsity_statistics
 from runs import load_run, this_process, windows
 
-out_dirs = "out"  # of training runs, by commas, all on the same data
+out_dirs = "out"  # of training runs, by commas, all on the same data; or folders of released models
 checkpoint = "ckpt.pt"  # or best.pt
+dataset = ""  # '': what they were trained on, which released models do not say; data of their tokenizer
 batch_size = 16  # windows at a time
 device = "auto"
 dtype = "auto"
@@ -75,8 +76,8 @@ def main():
         fail(f"batch_size={batch_size} must be at least 1")
     process = this_process(device, dtype)
     folders = [os.path.expanduser(folder) for folder in out_dirs.split(",")]
-    runs = [load_run(folder, checkpoint) for folder in folders]
-    if len({saved["settings"]["dataset"] for saved, _, _ in runs}) > 1:
+    runs = [load_run(folder, checkpoint, dataset) for folder in folders]
+    if not dataset and len({saved["settings"]["dataset"] for saved, _, _ in runs}) > 1:
         fail(f"out_dirs={out_dirs} were not all trained on the same data: evaluate them apart")
     writer = csv.DictWriter(sys.stdout, COLUMNS)
     writer.writeheader()

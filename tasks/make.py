@@ -91,10 +91,16 @@ def subscript_or_call(draw, part):
     return (f"    {a} = {b}[{c}.{d}", "]\n"), (f"    {a} = {b}({c}.{d}", ")\n")
 
 
+def bracket_counting(draw, part):
+    [name], some = names(draw, part, 1), ", ".join(map(str, draw.choices(range(100), k=draw.randint(2, 5))))
+    return (f"    {name} = [[{some}", "]]\n"), (f"    {name} = [{some}", "]\n")
+
+
 TEMPLATES = {  # what else the task's file says
     single_double_quote: {"beyond": ["quotes"]}, string_end: {"beyond": ["quotes_line"]},
     for_if: {"target_loss": 0.2}, for_while: {"target_loss": 0.3}, fstring_brace: {},
     subscript_or_call: {"target_loss": 0.27}}
+RELEASED = {bracket_counting: {}}  # in the released models' tokenizer, not in ours, ]] and ⏎ are one token
 
 
 def template_task(pair, more):
@@ -154,7 +160,7 @@ def lines(prompts):
 def files():
     """The text of each file, by its name: what is short on one line, a prompt a line."""
     found = {}
-    for pair, more in TEMPLATES.items():
+    for pair, more in (TEMPLATES | RELEASED).items():
         entries = template_task(pair, more).items()
         parts = [f'"{key}": {lines(value) if key in PAIRS else json.dumps(value)}' for key, value in entries]
         found[f"{pair.__name__}.json"] = "{" + ",\n ".join(parts) + "}\n"

@@ -23,7 +23,7 @@ from circuits import page, picture, search
 from circuits.figures import save
 from circuits.nodes import Contexts, Nodes, count, means_over, node_sites, survival
 from circuits.tasks import joined_otherwise, read_task
-from conftest import REPO, read, run
+from conftest import REPO, read, run, tree
 from model import GPT, GPTConfig
 from test_sparsity import some_tokens, tiny_model
 
@@ -268,7 +268,7 @@ def test_a_known_circuit_is_found_exactly(known):
     assert (count(nodes, gates)["nodes"], count(nodes, gates)["edges"]) == (5, 3)
     assert asked.result(nodes.judge(judging, gates))["accuracy"] == 1
     assert asked.result(nodes.judge(judging, 1 - gates))["accuracy"] < 0.65
-    random, _ = asked.random_draws(nodes, gates, judging, 0)
+    random, _ = asked.random_draws(nodes, gates, judging, judging, 0)
     assert min(draw["loss"] for draw in random) > 0.5
     key, value = asked.interventions(nodes, gates, judging)
     assert (key["site"], value["site"], value["channels"]) == ("0.attn.attn_k", "0.attn.attn_v", [0])
@@ -576,7 +576,7 @@ def test_random_edges_are_as_many_as_the_circuits(known):
     """With all the nodes that they join, and no other edge between these."""
     nodes, contexts = nodes_of(known), some_contexts(40)
     inside, gates, _ = search.needed(nodes, gates_of(nodes, KNOWN), contexts, 0.15)
-    drawn = asked.random_edges(inside, gates, contexts, 0)
+    drawn = asked.random_edges(inside, gates, contexts, contexts, 0)
     assert [draw["edges"] for draw in drawn] == [3] * asked.DRAWS
     assert all(2 <= draw["nodes"] <= 6 and draw["weights"] >= 3 for draw in drawn)
     assert len({draw["loss"] for draw in drawn}) > 1
@@ -858,6 +858,28 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_the_search(task, caps
     assert "cannot write to out/circuits/task" in captured.err and "penalty" not in captured.out
 
 
+def test_a_model_that_cannot_do_the_task_moves_no_circuit(task):
+    """What was found in an earlier checkpoint is where it was, as the new one has nothing to put there."""
+    task(answers=["r", "t"], target_loss=5.0)
+    circuit_of_task()
+    before = tree("out")
+    assert run(f"circuit.py --task=task.json --ablation=zero --target_loss=1e-9 {SMALL}") == 2
+    assert tree("out") == before
+
+
+def test_data_of_another_tokenizer_is_told_with_the_remedy_that_works(task, capsys):
+    """Prepared with the tokenizer of the run, the data serves again; by the first command it would not."""
+    task(answers=["r", "t"], target_loss=5.0)
+    shutil.rmtree("data/tiny")
+    shutil.copytree("data/other", "data/tiny")
+    assert run(f"circuit.py --task=task.json {SMALL}") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "prepare it again with --tokenizer=out/tokenizer.json" in line
+    remedy = line.split("prepare it again with ")[1]
+    assert run(f"prepare.py --dataset='[0-9]*.txt' --name=tiny --val_fraction=0.2 {remedy}") == 0
+    assert circuit_of_task()["dataset"] == "tiny"
+
+
 def test_unseen_text_is_judged_too(task, tmp_path, capsys):
     """Of data with the same tokenizer; of other data it says what to do."""
     task(answers=["r", "t"], target_loss=5.0)
@@ -965,6 +987,7 @@ def test_shipped_tasks_are_well_formed():
     ({"prompts": [["a", "b", "c"]], "held_out": [["a", "b", "c"]]}, "", ["held-out prompts that are not"]),
     ({"prompts": [[str(i), "b", "c"] for i in range(40)], "held_out": []}, "", ["0 prompts", "as often"]),
     ({}, "", ["is no task"]),
+    ({"families": {"hard": [["a", "b", "c"]]}}, "", ["task is a list of hard inputs"]),
     ({"prompts": [["a", "b", "c"]], "held_out": []}, "", ["0 prompts", "write more"]),
     ({"prompts": [["a" * 40, "b", "c"], ["a" * 40, "c", "b"]] * 20, "held_out": []}, "",
      ["a prompt", "window of 16"]),

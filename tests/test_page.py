@@ -20,8 +20,8 @@ import tiktoken
 import torch
 
 from circuits import page
-from circuits.loaded import circuit_of
 from circuits.nodes import Contexts, node_sites, weights_between
+from circuits.saved import circuit_of
 from conftest import read
 from model import GPT, LOCATIONS, NODE_LOCATIONS, AbsTopK, GPTConfig
 

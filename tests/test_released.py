@@ -3,15 +3,19 @@ model bit for bit, and what has no place here is refused by name.
 """
 import dataclasses
 import json
+import os
+import shutil
 
 import pytest
 import torch
 
 import released
+from checkpoints import load_checkpoint, model_of
 from conftest import checkpoint, frozen, read, run, weights
 from kernels import use_sparse_linears_
 from model import AbsTopK, GPTConfig
 from test_sparsity import tiny_model
+from tokenizer import read_tokenizer
 
 
 def edit_released(folder, tensors=None, **keys):
@@ -300,11 +304,38 @@ def test_a_tokenizer_is_known_by_its_contents(tmp_path, here, capsys):
         renamed = text.replace('"bytes"', '"bpe"')  # as every trained tokenizer is called
         released.write(model, tmp_path / name, renamed)
         assert read(tmp_path / name / "tokenizer.json") == renamed
-        assert json.loads(read(tmp_path / name / "beeg_config.json"))["tokenizer_name"] == "bpe"
+        named = json.loads(read(tmp_path / name / "beeg_config.json"))["tokenizer_name"]
+        assert named == f"bpe, sha256 {read_tokenizer(tmp_path / name / 'tokenizer.json')[1]}"
     flags = "--device=cpu --compile=False --batch_size=2 --eval_iters=1 --max_iters=1 --target_l0_fraction=1"
     assert run(f"train.py --init_from={tmp_path / 'other'} --dataset=other {flags}") == 0
     assert run(f"train.py --init_from={tmp_path / 'tiny'} --dataset=other --out_dir=new {flags}") == 2
     assert "tokenizer.json" in capsys.readouterr().err
+
+
+def test_a_tokenizer_whose_file_is_lost_is_still_known(trained, capsys):
+    """By its digest in beeg_config.json: data of another tokenizer is refused, and so is another file."""
+    model = model_of(load_checkpoint("out/ckpt.pt"))
+    released.write(model, "exported")  # without the text of the tokenizer
+    again = released.read("exported")
+    assert again.tokenizer_sha256 == model.tokenizer_sha256 == read_tokenizer("data/tiny/tokenizer.json")[1]
+    flags = "--device=cpu --compile=False --batch_size=2 --eval_iters=1 --max_iters=1 --target_l0_fraction=1"
+    text = read("data/tiny/tokenizer.json")
+    shutil.copytree("data/tiny", "data/renamed")  # as many tokens of the same kind, but another tokenizer
+    with open("data/renamed/tokenizer.json", "w", encoding="utf-8", newline="") as f:
+        f.write(text + "\n")
+    meta = json.loads(read("data/renamed/meta.json"))
+    meta["tokenizer_sha256"] = read_tokenizer("data/renamed/tokenizer.json")[1]
+    with open("data/renamed/meta.json", "w", encoding="utf-8") as f:
+        json.dump(meta, f)
+    assert run(f"train.py --init_from=exported --dataset=renamed --out_dir=new {flags}") == 2
+    assert "tokenizer" in capsys.readouterr().err
+    assert run(f"train.py --init_from=exported --dataset=tiny --out_dir=new {flags}") == 0
+    shutil.copy("data/renamed/tokenizer.json", "exported")
+    with pytest.raises(ValueError, match="is not the tokenizer that"):
+        released.read("exported")
+    with pytest.raises(ValueError, match="is not the tokenizer.json of the model"):
+        released.write(model, "again", text + "\n")
+    assert not os.path.exists("again")
 
 
 def test_ln_bias_means_nothing_to_a_model_with_rms_norm(write):

@@ -1,0 +1,152 @@
+"""A circuit that circuit.py saved, to be asked again: on any text, whole or with a part of it less.
+
+    from circuits import load_circuit
+    c = load_circuit("out/quickstart/circuits/quotes/circuit.json")
+    c.choice("print('hello")                            # its two answers and what it gives them
+    c.without().logits("print('hello")                  # the model without the circuit
+    c.minus_edge("0.attn.attn_in", 3, "0.attn.attn_k", 97).result()["loss"]
+"""
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from circuits.controls import result
+from circuits.loaded import Loaded, load
+from circuits.nodes import Contexts, Nodes, weights_between
+from circuits.search import apply_fit
+from configurator import fail, one_line, read_json
+from runs import windows
+
+FORMAT = 2  # of circuit.json
+
+
+@dataclass(repr=False)
+class Circuit:
+    """What `load_circuit` returns: a circuit in its model, as gates of its circuits.nodes.Nodes."""
+
+    run: Loaded
+    record: dict  # all of circuit.json
+    nodes: Nodes
+    gates: torch.Tensor
+
+    def __repr__(self):
+        return (f"<circuit of {self.record['task']}: {sum(map(len, self.kept.values()))} nodes, "
+                f"{len(self.edges)} edges, in {self.run.path}>")
+
+    @property
+    def kept(self):
+        """Its nodes: site -> list of channels."""
+        return self.nodes.kept(self.gates)
+
+    @property
+    def edges(self):
+        """Its edges: (site read, channel, site written, channel, weight)."""
+        return self.nodes.edges_in(self.gates)
+
+    def logits(self, ids):
+        """Logits (vocab_size) of what comes after a text or ids, with all else of the model ablated."""
+        idx = self.run.batch(ids)
+        last = torch.tensor([idx.size(1) - 1], device=idx.device)
+        return self.nodes.next_logits(Contexts(idx, last, idx[:, :0]), self.gates)[0]
+
+    def choice(self, ids):
+        """{answer: probability} after a text or ids, of the two answers, the logits fitted as when it was
+        found."""
+        low, high = sorted(self.record["answer_ids"])
+        logits = self.logits(ids)
+        margin = self.record["scale"] * (logits[low] - logits[high]) + self.record["shift"]
+        p = torch.sigmoid(margin).item()
+        return {self.run.tokenizer.decode([low]): p, self.run.tokenizer.decode([high]): 1 - p}
+
+    def contexts(self):
+        """The Contexts that it was judged by."""
+        of, device = self.record["contexts"], self.run.process.device
+        if of["split"] == "val":
+            T, pair = self.run.model.config.block_size, self.record["answer_ids"]
+            positions = torch.tensor([p for group in of["positions"] for p in group], device=device)
+            idx, _ = windows(self.run.data.val, (positions - T).tolist(), T, self.run.process)
+            answers = [list(order) for order, group in zip((pair, pair[::-1]), of["positions"], strict=True)
+                       for _ in group]
+            last = torch.full((len(idx),), T - 1)
+        else:
+            texts, positions = [ids for group in of["ids"] for ids in group], None
+            longest = max(map(len, texts))
+            idx = torch.tensor([ids + [0] * (longest - len(ids)) for ids in texts])
+            last = torch.tensor([len(ids) - 1 for ids in texts])
+            answers = [pair for group in of["answers"] for pair in group]
+        return Contexts(*(t.to(device) for t in (idx, last, torch.tensor(answers))), positions)
+
+    def result(self, contexts=None, fitted=False):
+        """Its loss and accuracy, a dict, on Contexts; by default on those that it was judged by."""
+        contexts = contexts or self.contexts()
+        logits = self.nodes.judge(contexts, self.gates)
+        if fitted:
+            logits = apply_fit(logits, contexts.sides(), self.record["scale"], self.record["shift"])
+        return result(logits)
+
+    def minus(self, site, channel):
+        """The circuit without one of its nodes."""
+        if channel not in self.kept.get(site, ()):
+            raise ValueError(f"{site} {channel} is no node of the circuit: see its `kept`")
+        return self.less(self.nodes.places[site] + channel)
+
+    def minus_edge(self, read, i, written, o):
+        """The circuit without one of its edges, from channel i of one site to channel o of another."""
+        edge = (read, i, written, o)
+        if edge not in [there[:4] for there in self.edges]:
+            raise ValueError(f"there is no edge from {read} {i} to {written} {o} in it: see its `edges`")
+        return self.less(self.nodes.nodes + self.nodes.edges.index(edge))
+
+    def less(self, place):
+        gates = self.gates.clone()
+        gates[place] = 0
+        return replace(self, gates=gates)
+
+    def without(self):
+        """The model without the circuit: its nodes ablated, all others and all edges as they are."""
+        return replace(self, gates=self.nodes.others(self.gates))
+
+
+@contextmanager
+def record_at(path):
+    """What circuit.json holds, a dict, for a `with` block that makes something of it. What is wrong with the
+    file, however deep in it, ends the script with one line."""
+    try:
+        record = read_json(path)
+        if record["format"] != FORMAT:
+            raise ValueError(f"its format is {record['format']}, not {FORMAT}")
+        yield record
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        fail(f"cannot use circuit={path!r} ({one_line(e)}): give a circuit.json of circuit.py")
+
+
+def circuit_of(record, model):
+    """The circuit of a circuit.json in its model: the model's nodes, with edges for all weights between two
+    of the kept ones, and the gates."""
+    device = next(model.parameters()).device
+    means, reads = ({site: torch.tensor(values, device=device) for site, values in record[key].items()}
+                    for key in ("means", "reads"))
+    between = [edge[:4] for edge in weights_between(model, record["nodes"])]
+    nodes, needed = Nodes(model, means, reads, edges=between), set(map(tuple, record["edges"]))
+    gates = torch.zeros(nodes.number, device=device)
+    for site, channels in record["nodes"].items():
+        gates[[nodes.places[site] + channel for channel in channels]] = 1
+    gates[nodes.nodes:] = torch.tensor([float(edge in needed) for edge in between])
+    return nodes, gates
+
+
+def load_circuit(path, run=None, device="auto"):
+    """The circuit of a circuit.json, in its model: `run`, or else what is three folders up.
+
+    Raises UserError if the file is none, or is of another model, or the model cannot be opened.
+    """
+    path = os.fspath(path)
+    with record_at(path) as record:
+        if run is None:
+            out_dir = os.path.normpath(os.path.join(os.path.dirname(path), "..", ".."))
+            run = load(out_dir, os.path.basename(record["model"]), device, record["dataset"])
+        if record["sha256"] != run.sha256:
+            raise ValueError(f"it is of another checkpoint than {run.path}")
+        return Circuit(run, record, *circuit_of(record, run.model))
