@@ -26,11 +26,13 @@ ALSO = {"target_loss", "beyond"}
 
 
 def path_of(name, beside="."):
-    """The file of a task: a path, with .json or without, from the folder `beside`; or a name in tasks/."""
+    """The file of a task: a path, with .json or without, from the folder `beside`; or a name in tasks/, with
+    that folder or without."""
     name = os.path.expanduser(name)
     name = name if name.endswith(".json") else f"{name}.json"
     found = os.path.join(beside, name)
-    return found if os.path.exists(found) or os.path.isabs(name) else os.path.join(FOLDER, name)
+    return found if os.path.exists(found) or os.path.isabs(name) else os.path.join(
+        FOLDER, name.removeprefix("tasks/"))
 
 
 def read_task(name, tokenizer, beside="."):

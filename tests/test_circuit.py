@@ -22,7 +22,7 @@ from circuits import controls as asked
 from circuits import page, picture, search
 from circuits.figures import save
 from circuits.nodes import Contexts, Nodes, count, means_over, node_sites, survival
-from circuits.tasks import joined_otherwise, read_task
+from circuits.tasks import joined_otherwise, path_of, read_task
 from conftest import REPO, read, run, tree
 from model import GPT, GPTConfig
 from test_sparsity import some_tokens, tiny_model
@@ -776,6 +776,15 @@ def test_several_pairs_of_answers_are_said(task, capsys):
         assert words in [text.get_text() for text in drawn[-1].axes[0].texts]
 
 
+def test_a_node_that_never_varies_is_json(known):
+    """The query of the known model is constant: what share of its variance is left has no number."""
+    nodes, contexts = nodes_of(known), some_contexts(64)
+    gates = gates_of(nodes, KNOWN | {"0.attn.attn_q": [0]})
+    found = asked.without_searches(nodes, gates, [contexts] * 3, {"ordinary text": contexts}, (1.0, 0.0), 0)
+    assert found["survival"]["0.attn.attn_q"] == {0: None}
+    assert json.loads(json.dumps(found, allow_nan=False))["survival"]["0.attn.attn_v"]["0"] > 0.5
+
+
 def test_the_heads_table_names_the_answers(known, capsys):
     """Of which the one of the lower id is the first, whichever the task names first."""
     class Letters:
@@ -950,6 +959,17 @@ def test_a_file_that_is_no_circuit_is_one_line(module, text, words, tmp_path, ca
     error = capsys.readouterr().err
     assert error.startswith(f"error: cannot use circuit={path!r}") and words in error
     assert error.count("\n") == 1 and len(error) < 500
+
+
+@pytest.mark.parametrize("name", ["quotes", "quotes.json", "tasks/quotes", "tasks/quotes.json"])
+def test_a_shipped_task_is_found_from_anywhere(name, tmp_path, monkeypatch):
+    """By its name or by the path that it has in the repository; a file of one's own comes first."""
+    monkeypatch.chdir(tmp_path)
+    assert path_of(name) == os.path.join(REPO, "tasks", "quotes.json")
+    mine = tmp_path / (name.removesuffix(".json") + ".json")
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("{}")
+    assert os.path.samefile(path_of(name), mine)
 
 
 def test_shipped_tasks_are_well_formed():

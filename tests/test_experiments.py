@@ -2,12 +2,14 @@
 of val, and the curves.
 """
 import collections
+import contextlib
 import csv
 import io
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -205,6 +207,31 @@ def test_an_experiment_that_was_stopped_is_not_recorded(prepared, monkeypatch):
 
 # ----------------------------------------------------------------------------------------------------------
 # experiments/circuit_sizes.py
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_jobs_without_a_traceback(tmp_path):
+    """Those that have not begun too: here each would take ten minutes."""
+    config = tmp_path / "endless.py"
+    config.write_text(f"import os, time\nopen({str(tmp_path)!r} + f'/began{{os.getpid()}}', 'w').close()\n"
+                      "time.sleep(600)\n")
+    with open(tmp_path / "errors", "w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.circuit_sizes", "--jobs=1", f"--config={config}",
+             f"--models={tmp_path}/models", f"--record={tmp_path}/sizes.csv", "--device=cpu"],
+            cwd=REPO, stderr=errors, start_new_session=True)
+    try:
+        end = time.time() + 120
+        while not list(tmp_path.glob("began*")):
+            assert process.poll() is None and time.time() < end, (tmp_path / "errors").read_text()
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "Traceback" not in (tmp_path / "errors").read_text() and len(list(tmp_path.glob("began*"))) == 1
+
 
 OF_A_ROW = {"whole_val_loss": 0.1, "whole_train_loss": 0.1, "pretraining_loss": 3.8, "nonzero": 9}
 
