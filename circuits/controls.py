@@ -253,7 +253,7 @@ def heads_of(nodes, gates, contexts, tokenizer):
         steps = [(back < far) & (back >= near) & listed
                  for near, far in zip((0, *FARTHEST), FARTHEST, strict=False)]
         found[f"{block}.{head}"] = {
-            "channels": channels,
+            "channels": channels, "answers": [spell(tokenizer, int(i)) for i in (first, second)],
             "tokens": [[spell(tokenizer, int(ids[i])), share[i].item(), [v[i].item() for v in values],
                         added[i].item(), int(times[i])] for i in top],
             "distance": [[far, attention[step].mean().item()]
@@ -355,13 +355,13 @@ def exchanges(nodes, gates, contexts):
 # before and after a search
 
 
-def check_able(name, nodes, train, choosing, target, fit, seed):
-    """End the script if the whole model does not do the task; warn if it takes no circuit to do it. Returns
-    the whole model's loss on contexts of train."""
+def check_able(name, nodes, train, choosing, target, fit, seed, reason=""):
+    """End the script if the whole model does not do the task, for which there may be a known `reason`; warn
+    if it takes no circuit to do it. Returns the whole model's loss on contexts of train."""
     ones = torch.ones(nodes.number, device=nodes.device)
     loss, able = loss_at(nodes, choosing, ones, fit), result(nodes.judge(choosing, ones))
     if loss > target:
-        remedy = (f"it could reach --target_loss={1.25 * loss:.2f}" if 1.25 * loss < 0.6 else
+        remedy = reason or (f"it could reach --target_loss={1.25 * loss:.2f}" if 1.25 * loss < 0.6 else
                   "that is about chance, 0.69: train it further, or choose another task")
         fail(f"the whole model does not do {name}: its loss is {loss:.3f} (accuracy {able['accuracy']:.1%}) "
              f"on {len(choosing)} contexts of train, above the target of {target:g}; {remedy}. What "
@@ -373,7 +373,7 @@ def check_able(name, nodes, train, choosing, target, fit, seed):
     return loss
 
 
-def warnings_of(nodes, runs, chosen, gates):
+def warnings_of(nodes, runs, chosen, gates, contexts):
     """What the reader of the result should know of the search, a line each."""
     tried = sorted({run["penalty"] for run in runs})
     if chosen["penalty"] in (tried[0], tried[-1]):
@@ -381,6 +381,8 @@ def warnings_of(nodes, runs, chosen, gates):
                f"{tried[-1]:g}: a smaller circuit may lie beyond")
     if count(nodes, gates)["nodes"] > LARGE * nodes.nodes:
         yield "the circuit has more than a tenth of all nodes: it explains little"
+    if (number := contexts.pairs()) > 1:
+        yield f"the task has {number} pairs of answers: the picture and what heads add are of one of them"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -439,20 +441,19 @@ def search_again(name, nodes, sets, target, how, trials):
 
 
 def searches(nodes, nodes_of, sets, others, target, how, trials, seed):
-    """All searches with something destroyed: name -> result. `nodes_of` makes Nodes of another model;
-    `others`: three sets of another task, or none."""
+    """All searches with something destroyed: yields name and result of each as it is done. `nodes_of` makes
+    Nodes of another model; `others`: three sets of another task, or none."""
     whole = nodes.with_edges(())
     labels = {"labels_shuffled": [shuffled_labels(contexts, seed) for contexts in sets],
               "answers_exchanged": [exchanged(contexts) for contexts in sets]}
     if others:
         labels["another_task"] = [asked_after(other, contexts)
                                   for other, contexts in zip(others, sets, strict=True)]
-    found = {name: search_again(HEADINGS[name], whole, labelled, target, how, trials)
-             for name, labelled in labels.items()}
+    for name, labelled in labels.items():
+        yield name, search_again(HEADINGS[name], whole, labelled, target, how, trials)
     for name, destroy in (("weights_drawn_anew", drawn_anew), ("weights_shuffled", shuffled_weights)):
         other = nodes_of(destroy(nodes.model, seed))
-        found[name] = search_again(HEADINGS[name], other, sets, target, how, trials)
-    return found
+        yield name, search_again(HEADINGS[name], other, sets, target, how, trials)
 
 
 def seeds_agree(nodes, runs, chosen):
@@ -548,7 +549,7 @@ def print_intervention(record):
 def print_heads(heads):
     for head, of in heads.items():
         print(f"head {head} finds (attention of the last token; values "
-              f"{', '.join(map(str, of['channels']))}; adds to the first answer against the other):")
+              f"{', '.join(map(str, of['channels']))}; adds to {' against '.join(of['answers'])}):")
         for token, share, values, adds, times in of["tokens"]:
             print(f"    {token:16}{share:6.2f}   {' '.join(f'{v:+.2f}' for v in values)}   {adds:+.2f}"
                   f"   in {times} places")

@@ -16,11 +16,11 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
+from checkpoints import write_atomically
 from circuits.loaded import load
 from circuits.nodes import hooks, node_sites, weights_between
 from circuits.saved import circuit_of, record_at
-from configurator import configure, fail
-from runs import write_atomically
+from configurator import configure, ends_explained, fail
 
 circuit = ""  # the path of a circuit.json
 page = ""  # where to write the page; '': circuit.html, beside it
@@ -286,6 +286,7 @@ def write(record, model, data, path):
     return len(text.encode())
 
 
+@ends_explained()
 def main():
     configure(globals())
     with record_at(circuit) as record:
