@@ -1037,6 +1037,49 @@ def test_the_same_seed_gives_the_same_circuit(task):
     assert circuit_of_task() == circuit_of_task()
 
 
+@pytest.mark.parametrize("fit", [True, False])
+def test_what_chooses_does_not_judge(task, monkeypatch, fit):
+    """What is reported comes from contexts of val; the circuit, its fit and what its parts cost from those
+    of train that choose. The controls are of what was found; a target on the command line is the one."""
+    task(answers=["r", "t"], target_loss=5.0)
+    seen = {}
+
+    def watch(owner, name, replaced=None):
+        original = replaced or getattr(owner, name)
+
+        def watched(*arguments):
+            seen[name] = arguments, original(*arguments)
+            return seen[name][1]
+        monkeypatch.setattr(owner, name, watched)
+
+    for owner, name in ((search, "find"), (search, "smallest"), (picture, "describe"),
+                        (asked, "check_able")):
+        watch(owner, name)
+    watch(asked, "without_searches", lambda *_: {})
+    watch(asked, "searches", lambda *_: ())
+    small = SMALL.replace("--mask_seeds=1", "--mask_seeds=2")
+    flags = f"--fit={fit} --target_loss=6 --nonsense_task= --page=False"
+    assert run(f"circuit.py --task=task.json {small} {flags}") == 0
+    record = json.loads(read("out/circuits/task/circuit.json"))
+    (nodes, learning, choosing, target, *_), _ = seen["find"]
+    arguments, (chosen, inside, gates, path) = seen["smallest"]
+    (_, _, judging, _, fitted), _ = seen["describe"]
+    assert (len(learning), len(choosing), len(judging)) == (30, 14, 40)  # of 12 + 32 a third to choose by
+    assert target == arguments[3] == 6
+    assert arguments[2] is choosing and arguments[-1] == seen["check_able"][0][5] == fit
+    assert fitted == (record["scale"], record["shift"]) == seen["without_searches"][0][4] == (
+        search.fit_of(inside.judge(choosing, gates), choosing.sides()) if fit else (1.0, 0.0))
+    results, ones = record["results"], torch.ones(nodes.number)
+    for name, *circuit in (("circuit_fitted", inside, gates), ("found_fitted", nodes, chosen["gates"]),
+                           ("whole_fitted", nodes, ones)):
+        assert results[name] == pytest.approx(asked.fitted(*circuit, choosing, judging))
+    for site, values in inside.ablated.items():
+        assert record["means"][site] == values.tolist()
+    assert record["edge_costs"] == search.costs_of(inside, gates, choosing, path[-1][2], fit)["edge_costs"]
+    assert [(run["penalty"], run["mask_seed"]) for run in record["runs"]] == seen["searches"][0][6] == [
+        (1e-3, 0), (1e-3, 1)]
+
+
 def test_ctrl_c_in_the_controls_keeps_the_circuit(task, capsys, monkeypatch):
     """It is written with the controls that were made, and says that others are missing; then the script ends
     as Ctrl-C ends it."""
@@ -1132,6 +1175,16 @@ def test_what_a_font_lacks_is_drawn_as_an_escape(task):
     assert figure.get_suptitle().startswith("\\u4efb\\u52a1: ")
     assert {"\\u4e2d\\x07", "é→", "\\u6587\\u202e"} <= set(texts) and any("\\U00020000" in x for x in texts)
     assert all(ord(c) < 2**13 or c in "→⏎␣␍⇥\ufffd" for text in texts for c in text)
+
+
+@pytest.mark.parametrize("merged, reason", [(5, False), (6, True)])
+def test_most_prompts_must_be_other_tokens_to_be_the_reason(merged, reason):
+    """Of ten, of which some end in the space that running text has with the answer."""
+    words = {bytes([i]): i for i in range(256)} | {b" a": 256, b" b": 257}
+    bpe = tiktoken.Encoding("bpe", pat_str=r" ?\w+|\s", mergeable_ranks=words, special_tokens={})
+    prompts = [([258, *bpe.encode(f"{i} is" + " " * (i < merged))], [97, 98] if i < merged else [256, 257])
+               for i in range(10)]
+    assert bool(joined_otherwise({"prompts": prompts}, bpe)) == reason
 
 
 @pytest.mark.parametrize("space, tokens", [(" ", True), ("", False)])
