@@ -298,6 +298,9 @@ def test_the_target_is_met_with_the_fit_or_without(known, monkeypatch):
         asked.result(nodes.judge(contexts, ones))["loss"])
     assert search.loss_at(nodes, contexts, ones) == pytest.approx(
         asked.fitted(nodes, ones, contexts, contexts)["loss"])
+    asked.check_able("a task", nodes, np.arange(16), contexts, 0.15, True, 0)
+    with pytest.raises(SystemExit):
+        asked.check_able("a task", nodes, np.arange(16), contexts, 0.15, False, 0)
     for fit in (True, False):
         [run] = search.find(nodes, *[contexts] * 2, 0.15, search.Search(fit=fit), "a task", [(1e-2, 0)])
         assert run["nodes"] == (5 if fit else None)
@@ -656,7 +659,8 @@ def test_a_faithful_circuit_agrees_with_the_whole_model(known):
          "same_answer": np.mean((prefer_x[0] > 0) == (prefer_x[1] > 0)),
          "correlation": np.corrcoef(prefer_x)[0, 1]}, abs=1e-4)
     always_x = asked.agreement(nodes, gates, contexts, (1.0, 100.0))
-    assert always_x["right"] == pytest.approx(is_x.mean()) != pytest.approx(always_x["whole_right"])
+    assert always_x["right"] == pytest.approx(is_x.mean())
+    assert always_x["same_answer"] == pytest.approx(np.mean(prefer_x[0] > 0)) != same["same_answer"]
     gates[nodes.split(torch.arange(nodes.number))["0.attn.attn_k"][0]] = 0
     head = asked.attention_kept(nodes, gates, contexts)["0.0"]
     assert head["whole"] > 0.9 and head["circuit"] < 0.3 and head["same"] < 0.4
@@ -666,7 +670,7 @@ def test_a_share_of_the_other_nodes_is_given_back(known, monkeypatch):
     """To the circuit, drawn anew each time."""
     nodes, contexts, seen = nodes_of(known), some_contexts(4), []
     judge, gates = nodes.judge, gates_of(nodes, KNOWN)
-    monkeypatch.setattr(nodes, "judge", lambda contexts, gates: (seen.append(gates), judge(contexts, gates))[1])
+    monkeypatch.setattr(nodes, "judge", lambda contexts, g: (seen.append(g), judge(contexts, g))[1])
     given_back = asked.faithfulness(nodes, gates, contexts, 0)["given_back"]
     tried = torch.stack(seen[:asked.DRAWS * len(asked.GIVEN_BACK)])
     assert list(given_back) == [str(share) for share in asked.GIVEN_BACK] and (tried >= gates).all()
@@ -707,6 +711,8 @@ def test_the_rest_can_be_ablated_otherwise(known):
     assert [r["accuracy"] > 0.9 for r in found.values()] == [False, True, True, True]  # its query is outside
     nothing = asked.rest_otherwise(nodes, 0 * ones, contexts, text, (1.0, 0.0), 0)
     assert all(0.3 < r["accuracy"] < 0.7 for r in nothing.values())
+    assert nothing["as in another context of the task"] != (
+        nothing["from another context for each node and token"])
     moved = asked.rest_otherwise(nodes, 0 * ones, contexts, replace_idx(text, contexts.idx), (1.0, 0.0), 0)
     assert moved["as in any text"] != nothing["as in any text"]
 
@@ -951,6 +957,7 @@ def test_weights_of_the_embedding_are_counted_one_by_one():
                         torch.tensor([[5, 6]] * 2))
     kept = {"0.attn.attn_in": [0, 2], "0.mlp.mlp_in": [2, 3], "0.attn.attn_out": [1, 4, 5]}
     wte, head = model.transformer.wte.weight, model.lm_head.weight
+    wte[4] = 1  # which only ends a text
     assert asked.embedding_weights(nodes, gates_of(nodes, kept), contexts) == {
         "embedding_of_tokens": sum(wte[t, c].item() != 0 for t in (1, 2, 3, 4) for c in (0, 2, 3)),
         "unembedding_of_answers": sum(head[t, c].item() != 0 for t in (5, 6) for c in (1, 4, 5))}
