@@ -356,6 +356,17 @@ def test_a_destroyed_model_has_no_circuit(known, destroy):
     assert [found["nodes"] for found in runs] == [None] * 2
 
 
+def test_weights_drawn_anew_are_as_many():
+    """And others."""
+    model = tiny_model().requires_grad_(False)
+    model.prune_(0.4)
+    other = asked.drawn_anew(model, seed=3)
+    (before, number), (after, _) = ((sum(int(f(p)) for p in m.decayed_parameters()) for f in (
+        torch.count_nonzero, torch.numel)) for m in (model, other))
+    assert before < number / 2 and after == pytest.approx(before, rel=0.02)
+    assert not torch.equal(other.lm_head.weight, model.lm_head.weight)
+
+
 def test_shuffled_labels_have_no_circuit(known):
     """No seed reaches the target when right and wrong are drawn by lot."""
     contexts = [asked.shuffled_labels(c, 5) for c in (some_contexts(512), some_contexts(64, seed=1))]
@@ -921,6 +932,10 @@ def test_searches_with_something_destroyed(known, monkeypatch):
     failed = runs[0] | {"lowest_loss": 0.4, "gates": large}
     runs[:] = [failed, runs[0]]
     assert asked.search_again("", nodes, sets, 0.15, search.Search(), trials)["lowest_loss"] == 0.3
+    runs[:] = [failed | {"nodes": 5, "gates": small}]
+    again = asked.search_again("", nodes, sets, 0.15, search.Search(), trials)["loss"]
+    assert again == asked.fitted(nodes, small, *sets[1:])["loss"] != asked.fitted(
+        nodes, small, sets[2], sets[2])["loss"]
 
 
 def test_controls_are_of_the_circuit_with_its_fit(known):
