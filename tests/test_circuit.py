@@ -449,6 +449,22 @@ def test_a_circuit_loses_edges_though_its_nodes_stay(known):
     assert ("0.attn.attn_in", 3, "0.attn.attn_v", 0) not in [edge[:4] for edge in inside.edges_in(gates)]
 
 
+@pytest.mark.parametrize("kept", [0, 1])
+def test_only_between_kept_nodes_an_edge_can_be_missing(known, kept):
+    """Of two nodes that are gone the edge is neither counted as removed, nor is it from the model without the
+    circuit, whether its gate is 0 or 1."""
+    nodes = nodes_of(known)
+    gates = gates_of(nodes, KNOWN)
+    inside = nodes.with_edges([edge[:4] for edge in nodes.edges_in(gates)])
+    less = torch.cat([gates, torch.ones(3)])
+    less[[nodes.places["0.attn.attn_in"] + 3, nodes.places["0.attn.attn_k"]]] = 0
+    less[nodes.number + inside.edges.index(("0.attn.attn_in", 3, "0.attn.attn_k", 0))] = kept
+    assert count(inside, less)["edges"] == count(inside, less)["weights"] == len(inside.edges_in(less)) == 2
+    rest, plain = inside.others(less), 1 - less[:nodes.number]
+    assert count(inside, rest) == count(nodes, plain) and plain.sum() == nodes.number - 3
+    assert torch.equal(inside.judge(some_contexts(8), rest), nodes.judge(some_contexts(8), plain))
+
+
 @pytest.mark.parametrize("scale, shift", [(0.5, 1.0), (3.0, -2.0), (1.0, 0.0)])
 def test_the_fit_is_the_best_of_a_grid(scale, shift):
     """Of noisy logits no scale and shift near by does better; a circuit that is always wrong gets none."""
