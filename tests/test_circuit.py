@@ -451,7 +451,7 @@ def test_a_circuit_loses_edges_though_its_nodes_stay(known):
 
 @pytest.mark.parametrize("kept", [0, 1])
 def test_only_between_kept_nodes_an_edge_can_be_missing(known, kept):
-    """Of two nodes that are gone the edge is neither counted as removed, nor is it from the model without the
+    """Of two nodes that are gone the edge is neither counted as removed nor missing in the model without the
     circuit, whether its gate is 0 or 1."""
     nodes = nodes_of(known)
     gates = gates_of(nodes, KNOWN)
@@ -1068,6 +1068,7 @@ def test_what_is_drawn_of_a_node_is_counted_token_by_token(known):
 
     nodes, contexts = nodes_of(known), some_contexts(40)
     contexts.idx[0, 1] = 15  # once: too rare for a mean
+    known.transformer.wte.weight[15, 3] = 1
     gates, scale = gates_of(nodes, KNOWN), 0.5
     found = picture.describe(nodes, gates, contexts, Letters(), (scale, 1.0))
     seen = {}
