@@ -1180,9 +1180,15 @@ def test_what_chooses_does_not_judge(task, monkeypatch, fit):
             return seen[name][1]
         monkeypatch.setattr(owner, name, watched)
 
-    for owner, name in ((search, "find"), (search, "smallest"), (picture, "describe"),
-                        (asked, "check_able")):
+    for owner, name in ((search, "find"), (picture, "describe"), (asked, "check_able")):
         watch(owner, name)
+    smallest = search.smallest
+
+    def with_a_bias(*arguments):  # as if a query had been folded
+        run, inside, *rest = smallest(*arguments)
+        return run, inside.with_value("0.attn.attn_q", 0, 7.0), *rest
+
+    watch(search, "smallest", with_a_bias)
     watch(asked, "without_searches", lambda *_: {})
     watch(asked, "searches", lambda *_: ())
     small = SMALL.replace("--mask_seeds=1", "--mask_seeds=2")
@@ -1203,7 +1209,9 @@ def test_what_chooses_does_not_judge(task, monkeypatch, fit):
         assert results[name] == pytest.approx(asked.fitted(*circuit, choosing, judging))
     for site, values in inside.ablated.items():
         assert record["means"][site] == values.tolist()
-    assert record["edge_costs"] == search.costs_of(inside, gates, choosing, path[-1][2], fit)["edge_costs"]
+    assert record["means"]["0.attn.attn_q"][0] == 7
+    costs = search.costs_of(inside, gates, choosing, path[-1][2], fit)
+    assert {key: record[key] for key in costs} == costs
     assert [(run["penalty"], run["mask_seed"]) for run in record["runs"]] == seen["searches"][0][6] == [
         (1e-3, 0), (1e-3, 1)]
 
