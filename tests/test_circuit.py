@@ -614,6 +614,11 @@ def test_what_would_miss_the_target_stays(known):
     for target, whole in ((least - 1e-3, True), (least, False)):
         *_, path = search.needed(nodes, gates_of(nodes, KNOWN), contexts, target)
         assert (path[-1][:2] == [5, 3]) == whole and all(loss <= target for *_, loss in path)
+    circuit.target = least - 1e-3
+    assert not circuit.take(list(losses), [2, 1])
+    circuit.target = least
+    assert circuit.take(list(losses), [2, 1]) and circuit.path[-1][2] == least
+    circuit = search.Removal(nodes, gates_of(nodes, KNOWN), contexts, 0.15, True)
     circuit.gates[nodes.places["0.attn.attn_k"]] = 0
     assert len(circuit.candidates()) == 4 + 2  # of a node that is gone the edge is none
 

@@ -214,6 +214,16 @@ def test_a_run_that_goes_on_with_other_data_says_so(here, capsys):
     assert "data of the checkpoint" not in capsys.readouterr().out and os.path.exists("out/best.pt")
 
 
+def test_a_best_model_that_is_not_there_is_nowhere_else(here, capsys):
+    """Of a run that goes on with other data: nothing is moved aside, and no place of it named."""
+    assert interrupted_run("train.py tiny.py", 5) == 0
+    os.remove("out/best.pt")
+    other_data()
+    capsys.readouterr()
+    assert interrupted_run("train.py --init_from=resume", 6) == 0
+    assert "now in" not in capsys.readouterr().out and not os.path.exists("out/previous-1")
+
+
 def test_older_data_and_checkpoints_said_less(here, capsys):
     """A checkpoint that names no data, and data whose bins have no sha256, are none to complain of."""
     assert interrupted_run("train.py tiny.py", 5) == 0
