@@ -389,7 +389,9 @@ def test_a_checkpoint_that_is_missing_is_looked_for_in_what_was_moved(here, caps
 
 
 def test_auto_goes_on_if_there_is_a_run(here, whole):
-    """One command for a first start and for each later one; an earlier run is not moved aside."""
+    """One command for a first start, in a folder that may be there, and for each later one; an earlier run is
+    not moved aside."""
+    os.makedirs("out")
     command = "train.py tiny.py --init_from=auto"
     assert interrupted_run(command, 5) == interrupted_run(command, 8) == run(command) == run(command) == 0
     assert_ended_alike("out", whole)
