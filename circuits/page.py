@@ -16,9 +16,11 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
+from circuits.controls import HEADINGS, result
 from circuits.loaded import load
-from circuits.nodes import hooks, node_sites, weights_between
+from circuits.nodes import Contexts, hooks, node_sites, weights_between
 from circuits.saved import circuit_of, record_at
+from circuits.search import apply_fit
 from configurator import configure, fail
 from runs import write_atomically
 
@@ -34,9 +36,12 @@ MOST_CONTEXTS = 1024  # of the task
 QUANTILES = (1.0, 0.999, 0.99, 0.9, 0.5, 0.1, 0.01, 0.001, 0.0)
 EACH = 5  # contexts of a quantile
 BINS = 40
+FROZEN = 2**20  # tokens that may be read to see what freezing one node does
+FEW = 32  # contexts, at least, for that
+TO_FREEZE = ("attn_k", "attn_v", "attn_q", "mlp_neuron", "attn_out", "mlp_out", "attn_in", "mlp_in")
 SHOWN = ("task", "target_loss", "fit", "ablation", "answers", "answer_ids", "nodes", "edges", "scale",
-         "shift", "hard", "curve", "runs", "whole_train_loss", "edge_costs", "node_costs", "table",
-         "caveats", "warnings")  # of the record
+         "shift", "hard", "curve", "runs", "whole_train_loss", "edge_costs", "node_costs", "caveats",
+         "warnings")  # of the record
 
 # ----------------------------------------------------------------------------------------------------------
 # arrays: all in one gzip, in base64
@@ -182,6 +187,68 @@ def describe_nodes(model, record, data, contexts, arrays):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# what freezing does
+
+
+def as_contexts(contexts):
+    """Contexts, from the lists of `contexts_of`."""
+    longest = max(len(ids) for ids, _ in contexts)
+    return Contexts(torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in contexts]),
+                    torch.tensor([len(ids) - 1 for ids, _ in contexts]),
+                    torch.tensor([list(answers) for _, answers in contexts]))
+
+
+def freeze(nodes, gates, contexts, record):
+    """What freezing does to the circuit, with its fit, and to the whole model, on some of the contexts: a dict.
+
+    "before": results of both; "alone": 'site.channel' -> results of both with this node frozen; "none": in what
+    share of the contexts the circuit chooses the answer of the lower id with all its nodes frozen; "opening": a
+    context to begin with, a node to freeze there, and the share of the right answer before and after in both.
+    """
+    costs = record["node_costs"]
+    names = sorted(costs, key=lambda name: -costs[name])[:max(1, FROZEN // (2 * FEW * contexts.idx.size(1)))]
+    few = contexts[torch.arange(min(len(contexts), max(FEW, FROZEN // (
+        2 * len(names) * contexts.idx.size(1)))))]
+    whole, fit = torch.ones_like(gates), (record["scale"], record["shift"])
+
+    def logits(gates, fitted=True):
+        found = nodes.judge(few, gates)
+        return apply_fit(found, few.sides(), *fit) if fitted and record["fit"] else found
+
+    def without(gates, name):
+        site, channel = name.rsplit(".", 1)
+        less = gates.clone()
+        less[nodes.places[site] + int(channel)] = 0
+        return less
+
+    def results(pair):
+        return [{key: round(result(x)[key], 4) for key in ("loss", "accuracy")} for x in pair]
+
+    before, none = (logits(gates), logits(whole, False)), logits(0 * gates)
+    alone = {name: (logits(without(gates, name)), logits(without(whole, name), False)) for name in names}
+    return {"n": len(few), "before": results(before), "none": ((none[:, 0] - none[:, 1]) * few.sides() > 0
+                                                              ).float().mean().item(),
+            "alone": {name: results(pair) for name, pair in alone.items()},
+            "opening": opening(before, none, alone)}
+
+
+def opening(before, none, alone):
+    """A context that circuit and whole model have right, and the circuit not when nothing of it acts, as long
+    as there is one; and a node that turns the circuit there, a key first; of logits (n, 2) as in `freeze`."""
+    margin = {name: pair[0][:, 0] - pair[0][:, 1] for name, pair in alone.items()}
+    inside, whole = (logits[:, 0] - logits[:, 1] for logits in before)
+    lowest = torch.stack(list(margin.values())).amin(0)
+    moved = torch.minimum(inside, -lowest)  # how clearly it is right before, and wrong after
+    best = (inside > 0) & (whole > 0) & (none[:, 0] < none[:, 1])
+    row = int((moved - 1e6 * ~best).argmax())
+    turned = [name for name in alone if margin[name][row] < min(0, lowest[row] / 2)] or list(alone)
+    node = min(turned, key=lambda name: (TO_FREEZE.index(name.split(".")[2]) if len(turned) < len(alone)
+                                         else 0, margin[name][row]))
+    return {"context": row, "node": node, "shares": [
+        [x[row].softmax(0)[0].item() for x in pair] for pair in zip(before, alone[node], strict=True)]}
+
+
+# ----------------------------------------------------------------------------------------------------------
 # what a token is to the heads of the first block
 
 
@@ -246,7 +313,9 @@ def content(record, model, data, arrays):
     padded = np.array([ids + [0] * (longest - len(ids)) for ids, _ in contexts])
     return {
         "record": {key: record[key] for key in SHOWN},
-        "results": {name: record["results"][name] for name in ("circuit", "circuit_fitted", "whole")},
+        "results": {name: record["results"][name] for name in (*HEADINGS, "heads", "otherwise")
+                    if name in record["results"]},
+        "freeze": freeze(nodes, gates, as_contexts(contexts), record),
         "config": asdict(model.config), "tokenizer": json.loads(data.tokenizer),
         "live": live, "nonzeros": number, "most": LIVE,
         "parameters": parameters_of(model, live, record["nodes"], arrays),
