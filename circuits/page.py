@@ -3,7 +3,7 @@
     python -m circuits.page --circuit=out/quickstart/circuits/quotes/circuit.json       # writes it again
 
 circuit.py calls `write`. What is costly is computed here, the values of nodes on ordinary text and what each
-token is to a head; the rest, the forward pass included, is in page.html, which is a template.
+token is to a head; the rest is in page.html, a template, and in model.js, the forward pass and the tokenizer.
 """
 import base64
 import gzip
@@ -27,7 +27,8 @@ from runs import write_atomically
 circuit = ""  # the path of a circuit.json
 page = ""  # where to write the page; '': circuit.html, beside it
 
-TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.html")
+HERE = os.path.dirname(os.path.abspath(__file__))
+TEMPLATE, MODEL = os.path.join(HERE, "page.html"), os.path.join(HERE, "model.js")
 LIVE = 3_000_000  # a model of more nonzero weights is not put into the page
 BIGRAMS = 4096  # nor is the bigram table of a larger vocabulary
 STEP = 0.4  # to which the bigram table is rounded, in nats, except for the answers
@@ -343,8 +344,8 @@ def write(record, model, data, path):
     """
     arrays = Arrays()
     found = json.dumps(content(record, model, data, arrays), separators=(",", ":"), allow_nan=False)
-    with open(TEMPLATE, encoding="utf-8") as f:
-        template = f.read()
+    with open(TEMPLATE, encoding="utf-8") as f, open(MODEL, encoding="utf-8") as g:
+        template = f.read().replace("__MODEL__", f"\n{g.read()}")
     parts = {
         "POLICY": "default-src 'none'; base-uri 'none'; form-action 'none'; "
                   f"script-src {digests(template, 'script')}; style-src {digests(template, 'style')}",
