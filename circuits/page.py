@@ -30,8 +30,6 @@ page = ""  # where to write the page; '': circuit.html, beside it
 HERE = os.path.dirname(os.path.abspath(__file__))
 TEMPLATE, MODEL = os.path.join(HERE, "page.html"), os.path.join(HERE, "model.js")
 LIVE = 3_000_000  # a model of more nonzero weights is not put into the page
-BIGRAMS = 4096  # nor is the bigram table of a larger vocabulary
-STEP = 0.4  # to which the bigram table is rounded, in nats, except for the answers
 TOKENS = 32_768  # of ordinary text, for the values of the nodes
 MOST_CONTEXTS = 1024  # of the task
 QUANTILES = (1.0, 0.999, 0.99, 0.9, 0.5, 0.1, 0.01, 0.001, 0.0)
@@ -86,15 +84,11 @@ def parameters_of(model, live, kept, arrays):
 
 
 def bigrams_of(model, answers, arrays):
-    """The bigram table: exact in the columns of the answers, else rounded, or left out if it is large."""
+    """The bigram table, in the columns of the answers, or None."""
     if not model.config.use_bigram_table:
         return None
     table = model.bigram_table.detach().cpu()
-    exact = {"answers": answers, "exact": arrays.add(table[:, answers].T.numpy(), "float32")}
-    if len(table) > BIGRAMS:
-        return exact
-    rounded = (table / STEP).round().clamp(-127, 127)
-    return exact | {"step": STEP, "rounded": arrays.add(rounded.numpy(), "int8")}
+    return {"answers": answers, "exact": arrays.add(table[:, answers].T.numpy(), "float32")}
 
 
 # ----------------------------------------------------------------------------------------------------------
