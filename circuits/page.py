@@ -2,8 +2,9 @@
 
     python -m circuits.page --circuit=out/quickstart/circuits/quotes/circuit.json       # writes it again
 
-circuit.py calls `write`. What is costly is computed here, the values of nodes on ordinary text and what each
-token is to a head; the rest is in page.html, a template, and in model.js, the forward pass and the tokenizer.
+circuit.py calls `write`. What is costly is computed here: the values of nodes on ordinary text, what each
+token is to a head, what freezing a node does. The rest is in page.html, a template, and in model.js: the
+forward pass and the tokenizer.
 """
 import base64
 import gzip
@@ -194,51 +195,54 @@ def as_contexts(contexts):
 
 
 def freeze(nodes, gates, contexts, record):
-    """What freezing does to the circuit, with its fit, and to the whole model, on some of the contexts: a dict.
+    """What freezing does to the circuit, with its fit, and to the whole model, on `n` of the contexts: a dict.
 
-    "before": results of both; "alone": 'site.channel' -> results of both with this node frozen; "none": in what
-    share of the contexts the circuit chooses the answer of the lower id with all its nodes frozen; "opening": a
-    context to begin with, a node to freeze there, and the share of the right answer before and after in both.
+    "before": results of both; "alone": 'site.channel' -> results of both with this node frozen, of as many of
+    the nodes that cost most as FROZEN allows; "none": in what share of the contexts the circuit chooses the
+    answer of the lower id with all its nodes frozen; "opening": what `opening` returns.
     """
-    costs = record["node_costs"]
-    names = sorted(costs, key=lambda name: -costs[name])[:max(1, FROZEN // (2 * FEW * contexts.idx.size(1)))]
-    few = contexts[torch.arange(min(len(contexts), max(FEW, FROZEN // (
-        2 * len(names) * contexts.idx.size(1)))))]
+    costs, T = record["node_costs"], contexts.idx.size(1)
+    names = sorted(costs, key=lambda name: -costs[name])[:max(1, FROZEN // (2 * FEW * T))]
+    few = contexts[torch.arange(min(len(contexts), max(FEW, FROZEN // (2 * len(names) * T))))]
     whole, fit = torch.ones_like(gates), (record["scale"], record["shift"])
 
-    def logits(gates, fitted=True):
-        found = nodes.judge(few, gates)
-        return apply_fit(found, few.sides(), *fit) if fitted and record["fit"] else found
+    def inside(gates):
+        logits = nodes.judge(few, gates)
+        return apply_fit(logits, few.sides(), *fit) if record["fit"] else logits
 
     def without(gates, name):
         site, channel = name.rsplit(".", 1)
         less = gates.clone()
-        less[nodes.places[site] + int(channel)] = 0
+        less[nodes.places[site] + int(channel)] = 1e-9  # at 0 its edges that were removed would be there
         return less
 
     def results(pair):
         return [{key: round(result(x)[key], 4) for key in ("loss", "accuracy")} for x in pair]
 
-    before, none = (logits(gates), logits(whole, False)), logits(0 * gates)
-    alone = {name: (logits(without(gates, name)), logits(without(whole, name), False)) for name in names}
-    return {"n": len(few), "before": results(before), "none": ((none[:, 0] - none[:, 1]) * few.sides() > 0
-                                                              ).float().mean().item(),
+    before, none = (inside(gates), nodes.judge(few, whole)), inside(0 * gates)
+    alone = {name: (inside(without(gates, name)), nodes.judge(few, without(whole, name))) for name in names}
+    lower = (none[:, 0] - none[:, 1]) * few.sides() > 0
+    return {"n": len(few), "before": results(before), "none": lower.float().mean().item(),
             "alone": {name: results(pair) for name, pair in alone.items()},
             "opening": opening(before, none, alone)}
 
 
 def opening(before, none, alone):
-    """A context that circuit and whole model have right, and the circuit not when nothing of it acts, as long
-    as there is one; and a node that turns the circuit there, a key first; of logits (n, 2) as in `freeze`."""
+    """A context to begin with, and a node to freeze there: a dict of logits (n, 2), the right answer's first,
+    as `freeze` has them; and "shares" of the right answer, before and after, in circuit and whole model.
+
+    Both have the context right, the circuit wrong with all its nodes frozen, and the node turns it, a key or
+    a value rather than others; as far as there are such.
+    """
     margin = {name: pair[0][:, 0] - pair[0][:, 1] for name, pair in alone.items()}
     inside, whole = (logits[:, 0] - logits[:, 1] for logits in before)
     lowest = torch.stack(list(margin.values())).amin(0)
     moved = torch.minimum(inside, -lowest)  # how clearly it is right before, and wrong after
     best = (inside > 0) & (whole > 0) & (none[:, 0] < none[:, 1])
     row = int((moved - 1e6 * ~best).argmax())
-    turned = [name for name in alone if margin[name][row] < min(0, lowest[row] / 2)] or list(alone)
-    node = min(turned, key=lambda name: (TO_FREEZE.index(name.split(".")[2]) if len(turned) < len(alone)
-                                         else 0, margin[name][row]))
+    turning = [name for name in alone if margin[name][row] < min(0, lowest[row] / 2)]
+    node = (min(turning, key=lambda name: (TO_FREEZE.index(name.split(".")[2]), margin[name][row]))
+            if turning else min(alone, key=lambda name: margin[name][row]))
     return {"context": row, "node": node, "shares": [
         [x[row].softmax(0)[0].item() for x in pair] for pair in zip(before, alone[node], strict=True)]}
 
