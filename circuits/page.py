@@ -195,11 +195,11 @@ def as_contexts(contexts):
 
 
 def freeze(nodes, gates, contexts, record):
-    """What freezing does to the circuit, with its fit, and to the whole model, on `n` of the contexts: a dict.
+    """What freezing does to the circuit, with its fit, and to the whole model, on `n` contexts: a dict.
 
-    "before": results of both; "alone": 'site.channel' -> results of both with this node frozen, of as many of
-    the nodes that cost most as FROZEN allows; "none": in what share of the contexts the circuit chooses the
-    answer of the lower id with all its nodes frozen; "opening": what `opening` returns.
+    "before": results of both; "alone": 'site.channel' -> results of both with this node frozen, of as many
+    of the nodes that cost most as FROZEN allows; "none": in what share of the contexts the circuit chooses
+    the first answer with all its nodes frozen; "opening": what `opening` returns.
     """
     costs, T = record["node_costs"], contexts.idx.size(1)
     names = sorted(costs, key=lambda name: -costs[name])[:max(1, FROZEN // (2 * FEW * T))]
@@ -221,15 +221,16 @@ def freeze(nodes, gates, contexts, record):
 
     before, none = (inside(gates), nodes.judge(few, whole)), inside(0 * gates)
     alone = {name: (inside(without(gates, name)), nodes.judge(few, without(whole, name))) for name in names}
-    lower = (none[:, 0] - none[:, 1]) * few.sides() > 0
-    return {"n": len(few), "before": results(before), "none": lower.float().mean().item(),
+    first, second = record["answer_ids"]
+    chosen = (none[:, 0] - none[:, 1]) * few.sides() * (1 if first < second else -1) > 0
+    return {"n": len(few), "before": results(before), "none": chosen.float().mean().item(),
             "alone": {name: results(pair) for name, pair in alone.items()},
             "opening": opening(before, none, alone)}
 
 
 def opening(before, none, alone):
-    """A context to begin with, and a node to freeze there: a dict of logits (n, 2), the right answer's first,
-    as `freeze` has them; and "shares" of the right answer, before and after, in circuit and whole model.
+    """A context to begin with, a node to freeze there, and "shares" of the right answer before and after, in
+    circuit and whole model: a dict; of logits (n, 2), the right answer's first, as `freeze` has them.
 
     Both have the context right, the circuit wrong with all its nodes frozen, and the node turns it, a key or
     a value rather than others; as far as there are such.

@@ -564,8 +564,8 @@ def test_controls_have_names(opened, browser):
 
 
 def test_a_narrow_window_and_paper(opened, browser):
-    """Nothing is wider than a window of 400 pixels, in which the whole diagram is; on paper there is no button,
-    and the page is light."""
+    """Nothing is wider than a window of 400 pixels, in which the whole diagram is; on paper there is no
+    button, and the page is light."""
     path = opened[0]
     browser.call("Emulation.setDeviceMetricsOverride", width=400, height=800, deviceScaleFactor=1,
                  mobile=False)
@@ -729,7 +729,7 @@ STORY = """(() => {
   table.of[name][a] = %s;
   table.of[name][b] = %s;
   Object.assign(head, {value: [name], key: ['0.attn.attn_k.0'], pushes: {[name]: %s}, picky: true,
-    score: new Float32Array(V), share: id => Number(id === a || id === b), seeks: id => id === a || id === b});
+    score: new Float32Array(V), share: id => Number([a, b].includes(id)), seeks: id => [a, b].includes(id)});
   table.seen.fill(5);
   const text = headStory('0', head, new Map([[a, 1], [b, 0]])).textContent;
   return [text, head.sides, [a, b, ...record.answer_ids].map(spell), split(name)[1]];
@@ -742,8 +742,8 @@ def test_a_head_is_told_in_words(opened, browser):
     text, sides, (a, b, first, second), channel = browser.run(STORY % (-2, 0, 1))
     assert f"is attracted by {a} and {b} about equally" in text
     assert f"At {a}, which stands before {second}, its value is negative ({channel}: −2.00)" in text
-    assert f"favours {second}. At {b}, which stands before {first}, its value is about zero ({channel}: 0.00): " \
-           "it brings back nothing" in text
+    assert (f"favours {second}. At {b}, which stands before {first}, its value is about zero "
+            f"({channel}: 0.00): it brings back nothing") in text
     assert sides == [[1, [300]]]
     browser.open(opened[0])
     text, sides, *_ = browser.run(STORY % (2, -2, 1))
