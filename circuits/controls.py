@@ -213,6 +213,7 @@ def embedding_weights(nodes, gates, contexts):
 
 FARTHEST = (2, 4, 8, 16, 32, 64, 2**30)  # tokens back: the steps in which attention by distance is told
 LISTED = 8  # tokens of a head
+ALIKE = 3  # tokens in which a context and its twin may differ
 
 
 @torch.no_grad()
@@ -308,6 +309,45 @@ def interventions(nodes, gates, contexts, fit=(1.0, 0.0)):
                         record["attention"], record[f"attention_{what}"] = (
                             look.gather(1, top).mean().item() for look in looks)
             found.append(record)
+    return found
+
+
+def twins(contexts):
+    """For each context one of the other answer whose text is as long and differs in fewest tokens: the rows
+    (m), and their twins (m), of those for which that is at most ALIKE tokens."""
+    sides, rows, others = contexts.sides(), [], []
+    for row in range(len(contexts)):
+        differ = (contexts.idx != contexts.idx[row]).sum(1)
+        differ[(sides == sides[row]) | (contexts.last != contexts.last[row])] = contexts.idx.size(1) + 1
+        if differ.min() <= ALIKE:
+            rows.append(row)
+            others.append(int(differ.argmin()))
+    return (torch.tensor(x, dtype=torch.long, device=contexts.idx.device) for x in (rows, others))
+
+
+@torch.no_grad()
+def exchanges(nodes, gates, contexts):
+    """How often the whole model's answer changes when nodes are what they are in the twin of a context: for
+    the kept nodes of each site, and for all other nodes of it. A list of dicts, empty without twins."""
+    (rows, others), found = twins(contexts), []
+    if not len(rows):
+        return []
+    ones = torch.ones_like(gates)
+    for site, channels in nodes.kept(gates).items():
+        only, rest = ones.clone(), ones.clone()
+        nodes.split(only)[site][channels] = 0
+        nodes.split(rest)[site].zero_()[channels] = 1
+        changed = {"kept": 0, "others": 0}
+        for some, twin in zip(rows.split(64), others.split(64), strict=True):
+            values = {}
+            nodes.logits(contexts[twin], ones, watch=values.__setitem__)
+            before = nodes.logits(contexts[some], ones)
+            for which, passed in (("kept", only), ("others", rest)):
+                after = nodes.logits(contexts[some], passed, instead=values)
+                flipped = (before[:, 0] > before[:, 1]) != (after[:, 0] > after[:, 1])
+                changed[which] += int(flipped.sum())
+        found.append({"site": site, "channels": channels, "twins": len(rows)} | {
+            which: number / len(rows) for which, number in changed.items()})
     return found
 
 
@@ -445,7 +485,8 @@ def without_searches(nodes, gates, sets, beyond, fit, seed):
         "survival": {name: {c: round(x[c].item(), 4) if x[c].isfinite() else None
                             for c in nodes.kept(gates)[name]}
                      for name, x in survival(nodes, judging, gates).items() if name in nodes.kept(gates)},
-        "interventions": interventions(nodes, gates, judging, fit)}
+        "interventions": interventions(nodes, gates, judging, fit),
+        "exchanges": exchanges(nodes, gates, judging)}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -560,4 +601,8 @@ def print_rest(results):
                       for name, shares in results["survival"].items()))
     for record in results["interventions"]:
         print_intervention(record)
+    for record in results["exchanges"]:
+        print("{site} {0} as in the twin of each of {twins} contexts: the whole model's answer changes in "
+              "{kept:.1%}; all others of the site: in {others:.1%}".format(
+                  ", ".join(map(str, record["channels"])), **record))
     print(f"\n{CAVEATS}")

@@ -448,12 +448,12 @@ def test_of_the_circuits_found_the_one_with_fewest_edges_is_taken(known, capsys)
     """Those that are much larger are not even tried, and equal ones once; without any the script ends."""
     nodes, contexts = nodes_of(known), some_contexts(64, seed=1)
     idle = gates_of(nodes, KNOWN | {"0.mlp.mlp_in": [1]})
-    runs = [{"nodes": 6, "gates": idle, "lowest_loss": 0.1}, {"nodes": 6, "gates": idle, "lowest_loss": 0.1},
-            {"nodes": None, "gates": 0 * idle, "lowest_loss": 0.5},
-            {"nodes": 16, "gates": torch.ones(nodes.number), "lowest_loss": 0.1}]
+    order = torch.cat([idle.nonzero()[:, 0], (idle == 0).nonzero()[:, 0]]).tolist()
+    runs = [{"nodes": n, "gates": gates, "lowest_loss": loss, "order": order} for n, gates, loss in (
+        (6, idle, 0.1), (6, idle, 0.1), (None, 0 * idle, 0.5), (16, torch.ones(nodes.number), 0.1))]
     run, inside, gates, path = search.smallest(nodes, runs, contexts, 0.15)
     assert run is runs[0] and inside.kept(gates) == KNOWN and path[-1][:2] == [5, 3]
-    assert capsys.readouterr().out.count("needed |") == 1
+    assert capsys.readouterr().out.count("needed |") == len(search.MORE)
     with pytest.raises(SystemExit):
         search.smallest(nodes, runs[2:3], contexts, 0.15)
     assert "the best was 0.500" in capsys.readouterr().err
@@ -580,6 +580,23 @@ def test_random_edges_are_as_many_as_the_circuits(known):
     assert [draw["edges"] for draw in drawn] == [3] * asked.DRAWS
     assert all(2 <= draw["nodes"] <= 6 and draw["weights"] >= 3 for draw in drawn)
     assert len({draw["loss"] for draw in drawn}) > 1
+
+
+def test_a_node_of_the_twin_takes_its_answer_along(known):
+    """The value does, and no other of its site; a context without a twin is left out."""
+    nodes, one = nodes_of(known), some_contexts(40)
+    twin = one.idx.clone()
+    twin[(one.idx == A)], twin[(one.idx == B)] = B, A
+    contexts = Contexts(torch.cat([one.idx, twin, some_contexts(3, seed=5).idx]),
+                        torch.full((83,), T - 1), torch.cat([one.answers, one.answers.flip(1),
+                                                             some_contexts(3, seed=5).answers]))
+    rows, others = asked.twins(contexts)
+    assert rows.tolist()[:80] == list(range(80)) and others.tolist()[:40] == list(range(40, 80))
+    found = {r["site"]: r for r in asked.exchanges(nodes, gates_of(nodes, KNOWN), contexts)}
+    value = found["0.attn.attn_v"]
+    assert value["twins"] == len(rows) >= 80 and value["kept"] > 0.95 and value["others"] < 0.05
+    assert found["0.attn.attn_k"]["kept"] < 0.05  # the capitals say the same to the key
+    assert asked.exchanges(nodes, gates_of(nodes, KNOWN), some_contexts(6)) == []
 
 
 def test_simple_rules_are_counted_on_the_text():
