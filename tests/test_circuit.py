@@ -19,7 +19,7 @@ import torch
 
 from checkpoints import load_checkpoint, model_of
 from circuits import controls as asked
-from circuits import page, picture, search
+from circuits import page, picture, report, search
 from circuits.figures import save
 from circuits.nodes import Contexts, Nodes, count, means_over, node_sites, survival
 from circuits.tasks import joined_otherwise, path_of, read_task
@@ -809,7 +809,8 @@ def test_the_heads_table_names_the_answers(known, capsys):
             return b"ABabEXYhijklmnop"[i:i + 1]
 
     contexts = asked.exchanged(some_contexts(200))
-    asked.print_heads(asked.heads_of(nodes_of(known), gates_of(nodes_of(known), KNOWN), contexts, Letters()))
+    nodes = nodes_of(known)
+    report.print_heads(asked.heads_of(nodes, gates_of(nodes, KNOWN), contexts, Letters()))
     assert "adds to X against Y" in capsys.readouterr().out
 
 
