@@ -17,14 +17,15 @@ from dataclasses import replace
 import torch
 
 import kernels
+from checkpoints import start_circuit, write_atomically
 from circuits import controls as asked
 from circuits import page as page_of
-from circuits import picture, search
+from circuits import picture, report, search
 from circuits.loaded import load
 from circuits.nodes import count
-from circuits.tasks import FEWEST, Source, contexts_record, prompts_record, read_task
-from configurator import check_rules, configure, fail, one_line, settings_of
-from runs import data_folder, load_data, write_atomically
+from circuits.tasks import FEWEST, Source, contexts_record, joined_otherwise, prompts_record, read_task
+from configurator import check_rules, configure, ends_explained, fail, settings_of
+from runs import data_folder, load_data
 from tokenizer import tokenizer_in
 
 out_dir = "out"  # of the training run; or the folder of a released model
@@ -86,9 +87,15 @@ def all_contexts(loaded):
     try:
         spec = read_task(task, loaded.tokenizer)
         sets = source.three_sets(spec)
-        beyond = source.beyond(spec, sets[-1], text)
     except ValueError as e:
         fail(e)
+    try:
+        beyond = source.beyond(spec, sets[-1], text)
+    except ValueError as e:
+        if controls:
+            fail(e)
+        print(f"without inputs beyond the task: {e}")
+        beyond = {}, {}
     try:
         if nonsense_task and controls:
             others = source.three_sets(read_task(nonsense_task, loaded.tokenizer))
@@ -97,8 +104,8 @@ def all_contexts(loaded):
     return spec, sets, beyond, others
 
 
-def results_of(loaded, spec, contexts, nodes, runs, circuit, how, target):
-    """All that is measured of a circuit, and the scale and shift of its fit."""
+def results_of(loaded, contexts, nodes, runs, circuit, how, target):
+    """All that is measured of a circuit; its fit, scale and shift; whether Ctrl-C ended the controls."""
     chosen, inside, gates, _ = circuit
     sets, (beyond, _), others = contexts
     _, choosing, judging = sets
@@ -117,36 +124,20 @@ def results_of(loaded, spec, contexts, nodes, runs, circuit, how, target):
                          "circuit": asked.first_of_all(inside, gates, judging)},
         "rules": asked.simple_rules(judging, loaded.tokenizer),
         "heads": asked.heads_of(inside, gates, judging, loaded.tokenizer)}
-    if controls:
-        trials = [(run["penalty"], run["mask_seed"]) for run in runs]
-        found |= asked.without_searches(inside, gates, sets, beyond, fitted, seed)
-        found |= asked.searches(
-            nodes, lambda model: replace(loaded, model=model).nodes(ablation, mean_windows), sets, others,
-            target, how, trials, seed)
-    return found, fitted
-
-
-def start_folder(name, identity):
-    """The folder of the results. An earlier result that has another identity is moved aside."""
-    folder = os.path.join(out_dir, "circuits", name)
-    path = os.path.join(folder, "circuit.json")
     try:
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
-                earlier = json.load(f)
-            if any(earlier.get(key) != value for key, value in identity.items()):
-                number = next(n for n in range(1, 10**6) if not os.path.exists(f"{folder}.previous-{n}"))
-                os.rename(folder, f"{folder}.previous-{number}")
-                print("an earlier circuit, of another checkpoint, task or ablation, is now in "
-                      f"{folder}.previous-{number}")
-        os.makedirs(folder, exist_ok=True)
-        write_atomically(os.path.join(folder, "writable"), "")
-        os.remove(os.path.join(folder, "writable"))
-    except (OSError, ValueError, AttributeError, RecursionError) as e:
-        fail(f"cannot write to {folder} ({one_line(e)}): move it away, or choose another --out_dir")
-    return folder
+        if controls:
+            trials = [(run["penalty"], run["mask_seed"]) for run in runs]
+            found |= asked.without_searches(inside, gates, sets, beyond, fitted, seed)
+            for name, result in asked.searches(
+                    nodes, lambda model: replace(loaded, model=model).nodes(ablation, mean_windows), sets,
+                    others, target, how, trials, seed):
+                found[name] = result
+    except KeyboardInterrupt:
+        return found, fitted, True
+    return found, fitted, False
 
 
+@ends_explained("choose a smaller --batch_size, or --device=cpu")
 def main():
     begun = time.perf_counter()
     configure(globals())
@@ -157,19 +148,22 @@ def main():
     name, target = spec["name"], target_loss or spec["target_loss"]
     (learning, choosing, judging), (_, hard), _ = contexts
     identity = {"sha256": loaded.sha256, "task_sha256": spec["sha256"], "ablation": ablation}
-    folder = start_folder(name, identity)
     nodes = loaded.nodes(ablation, mean_windows)
-    whole = asked.check_able(name, nodes, loaded.data.train, choosing, target, fit, seed)
+    whole = asked.check_able(name, nodes, loaded.data.train, choosing, target, fit, seed,
+                             joined_otherwise(spec, loaded.tokenizer))
+    folder = start_circuit(out_dir, name, identity)
     print(f"{name}: {nodes.number:,} nodes; target loss {target:g} on train, where the whole model has "
           f"{whole:.3f}; {len(learning):,} contexts to learn on, {len(choosing)} to choose the size on, "
           f"{len(judging)} to judge by", flush=True)
     runs = search.find(nodes, learning, choosing, target, how, name)
     circuit = chosen, inside, gates, path = search.smallest(nodes, runs, choosing, target, fit)
-    results, fitted = results_of(loaded, spec, contexts, nodes, runs, circuit, how, target)
+    results, fitted, stopped = results_of(loaded, contexts, nodes, runs, circuit, how, target)
     pair = spec.get("pair") or judging.answers[0].sort().values.tolist()
-    table, warned = asked.table_of(results), list(asked.warnings_of(nodes, runs, chosen, gates))
-    asked.print_table(table, f"{len(judging)} {'contexts of val' if 'pair' in spec else 'held-out prompts'}")
-    asked.print_rest(results)
+    table, warned = report.table_of(results), list(asked.warnings_of(nodes, runs, chosen, gates, judging))
+    warned += ["stopped by Ctrl-C: the controls that are not in the table were not made"] * stopped
+    kind = "contexts of val" if "pair" in spec else "held-out prompts"
+    report.print_table(table, f"{len(judging)} {kind}")
+    report.print_rest(results)
     print("".join(f"warning: {line}\n" for line in warned), end="")
     record = identity | {
         "task": name, "answers": [loaded.tokenizer.decode([i]) for i in pair], "answer_ids": pair,
@@ -180,7 +174,7 @@ def main():
         "fit": fit, "scale": fitted[0], "shift": fitted[1], "whole_train_loss": whole, "curve": path,
         "runs": [{key: value for key, value in run.items() if key != "gates"} for run in runs],
         **search.costs_of(inside, gates, choosing, path[-1][2], fit), "results": results, "table": table,
-        "caveats": asked.CAVEATS.replace("\n", " "), "warnings": warned, "hard": prompts_record(hard),
+        "caveats": report.CAVEATS.replace("\n", " "), "warnings": warned, "hard": prompts_record(hard),
         "contexts": contexts_record(judging, spec.get("pair")), "settings": settings_of(globals()),
         "picture": picture.describe(inside, gates, judging, loaded.tokenizer, fitted),
         "seconds": time.perf_counter() - begun, "format": 2}
@@ -190,6 +184,8 @@ def main():
     if page:
         path = os.path.join(folder, "circuit.html")
         print(f"wrote {path} | {page_of.write(record, loaded.model.cpu(), loaded.data, path) / 1e6:.1f} MB")
+    if stopped:
+        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ import tiktoken
 import torch
 
 import kernels
+from checkpoints import load_checkpoint, load_start, model_of
 from configurator import configure, ends_explained, fail, one_line
-from runs import load_checkpoint, load_start, model_of, this_process
+from runs import this_process
 from tokenizer import PLUG_IN, load_tokenizer, read_tokenizer, token_bytes, tokenizer_in
 
 out_dir = "out"  # of the training run; or the folder of a released model

@@ -95,9 +95,10 @@ def token_bytes(encoding, token):
 
 
 def spell(encoding, token):
-    """A token on one line: ⏎ is a newline, ⇥ a tab, ␣ a space where there is nothing else."""
+    """A token on one line: ⏎ is a newline, ⇥ a tab, ␣ a space where there is nothing else; what cannot be
+    printed is escaped."""
     text = token_bytes(encoding, token).decode(errors="replace").replace("\n", "⏎").replace("\t", "⇥")
     spaces = text.count(" ")
     if text.strip(" ⏎"):
-        return text
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text.replace(" ", "␣") if spaces < 4 else text.replace(" ", "") + f"␣×{spaces}"

@@ -7,7 +7,8 @@
 Any setting below is changed in a config file or by a flag: --target_l0_fraction=1/32. A run that was
 interrupted goes on with the same command and --init_from=resume. All nodes must see data/ and out_dir. In
 the order of the file: the settings, the method, the order of the data, the loop, and the start, which
-builds what the loop needs. What a run stands on is in runs.py, what is measured of it in measures.py.
+builds what the loop needs. What a run stands on is in runs.py, what out_dir holds in checkpoints.py, what is
+measured of a run in measures.py.
 """
 import math
 import os
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import checkpoints
 import configurator
 import kernels
 import measures
@@ -344,8 +346,9 @@ def build_model(start, vocab_size, given):
 
 def begin(run, checkpoint):
     """What the first rank does at the start: out_dir, the log, and what is printed."""
-    folder = out_dir if checkpoint else runs.start_out_dir(out_dir, run.data.tokenizer)
-    run.log = runs.Log(folder, run.step, evaluates(run.step), checkpoint and checkpoint.get("wandb_id"))
+    folder = out_dir if checkpoint else checkpoints.start_out_dir(out_dir, run.data.tokenizer)
+    wandb_id = checkpoint and checkpoint.get("wandb_id")
+    run.log = checkpoints.Log(folder, run.step, evaluates(run.step), wandb_id)
     if wandb_log:
         run.log.start_wandb(run.settings)
     if checkpoint:
@@ -364,14 +367,14 @@ def begin(run, checkpoint):
 @ends_explained(runs.SMALLER_STEPS)
 def main():
     given = configurator.configure(globals())
-    globals()["init_from"] = runs.chosen_start(init_from, out_dir)
+    globals()["init_from"] = checkpoints.chosen_start(init_from, out_dir)
     checkpoint, start, earlier = None, None, {}  # earlier: settings to go on with, but for those given now
     if init_from == "resume":
-        checkpoint = runs.load_checkpoint(os.path.join(out_dir, "ckpt.pt"))
-        start, tokenizer_path = runs.model_of(checkpoint), tokenizer_in(out_dir)
+        checkpoint = checkpoints.load_checkpoint(os.path.join(out_dir, "ckpt.pt"))
+        start, tokenizer_path = checkpoints.model_of(checkpoint), tokenizer_in(out_dir)
         earlier = {name: value for name, value in checkpoint["settings"].items() if name not in WHERE}
     elif init_from != "scratch":
-        start, tokenizer_path = runs.load_start(init_from)
+        start, tokenizer_path = checkpoints.load_start(init_from)
         earlier = {name: getattr(start.config, name) for name in MODEL_SETTINGS}
     configurator.adopt(globals(), earlier, given)
     kernels.enabled = fast_kernels
@@ -386,7 +389,7 @@ def main():
     run = runs.Run(configurator.settings_of(globals()), process, data, model, build_optimizer(model), scaler)
     if checkpoint:
         run.restore_(checkpoint)
-    with runs.claim_out_dir(out_dir) if process.rank == 0 else nullcontext():
+    with checkpoints.claim_out_dir(out_dir) if process.rank == 0 else nullcontext():
         if process.rank == 0:
             begin(run, checkpoint)
         checkpoint = start = None  # to free the checkpoint's copy of weights and moments

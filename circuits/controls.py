@@ -1,8 +1,8 @@
-"""The controls of a circuit: what a sceptic asks, as functions that circuit.py calls, and their table.
+"""The controls of a circuit: what a sceptic asks, as functions that circuit.py calls.
 
 Results are dicts: loss and accuracy of the choice between two answers, nodes and edges. `fit`, a pair, is
-the scale and the shift that go with a circuit. Then, for searches of their own, models and labels with what
-was learned destroyed; and the table.
+the scale and the shift that go with a circuit. At the end, for searches of their own: models and labels
+with what was learned destroyed.
 """
 from dataclasses import replace
 
@@ -213,6 +213,7 @@ def embedding_weights(nodes, gates, contexts):
 
 FARTHEST = (2, 4, 8, 16, 32, 64, 2**30)  # tokens back: the steps in which attention by distance is told
 LISTED = 8  # tokens of a head
+ALIKE = 3  # tokens in which a context and its twin may differ
 
 
 @torch.no_grad()
@@ -252,7 +253,7 @@ def heads_of(nodes, gates, contexts, tokenizer):
         steps = [(back < far) & (back >= near) & listed
                  for near, far in zip((0, *FARTHEST), FARTHEST, strict=False)]
         found[f"{block}.{head}"] = {
-            "channels": channels,
+            "channels": channels, "answers": [spell(tokenizer, int(i)) for i in (first, second)],
             "tokens": [[spell(tokenizer, int(ids[i])), share[i].item(), [v[i].item() for v in values],
                         added[i].item(), int(times[i])] for i in top],
             "distance": [[far, attention[step].mean().item()]
@@ -311,17 +312,56 @@ def interventions(nodes, gates, contexts, fit=(1.0, 0.0)):
     return found
 
 
+def twins(contexts):
+    """For each context one of the other answer whose text is as long and differs in fewest tokens: the rows
+    (m), and their twins (m), of those for which that is at most ALIKE tokens."""
+    sides, rows, others = contexts.sides(), [], []
+    for row in range(len(contexts)):
+        differ = (contexts.idx != contexts.idx[row]).sum(1)
+        differ[(sides == sides[row]) | (contexts.last != contexts.last[row])] = contexts.idx.size(1) + 1
+        if differ.min() <= ALIKE:
+            rows.append(row)
+            others.append(int(differ.argmin()))
+    return (torch.tensor(x, dtype=torch.long, device=contexts.idx.device) for x in (rows, others))
+
+
+@torch.no_grad()
+def exchanges(nodes, gates, contexts):
+    """How often the whole model's answer changes when nodes are what they are in the twin of a context: for
+    the kept nodes of each site, and for all other nodes of it. A list of dicts, empty without twins."""
+    (rows, others), found = twins(contexts), []
+    if not len(rows):
+        return []
+    ones = torch.ones_like(gates)
+    for site, channels in nodes.kept(gates).items():
+        only, rest = ones.clone(), ones.clone()
+        nodes.split(only)[site][channels] = 0
+        nodes.split(rest)[site].zero_()[channels] = 1
+        changed = {"kept": 0, "others": 0}
+        for some, twin in zip(rows.split(64), others.split(64), strict=True):
+            values = {}
+            nodes.logits(contexts[twin], ones, watch=values.__setitem__)
+            before = nodes.logits(contexts[some], ones)
+            for which, passed in (("kept", only), ("others", rest)):
+                after = nodes.logits(contexts[some], passed, instead=values)
+                flipped = (before[:, 0] > before[:, 1]) != (after[:, 0] > after[:, 1])
+                changed[which] += int(flipped.sum())
+        found.append({"site": site, "channels": channels, "twins": len(rows)} | {
+            which: number / len(rows) for which, number in changed.items()})
+    return found
+
+
 # ----------------------------------------------------------------------------------------------------------
 # before and after a search
 
 
-def check_able(name, nodes, train, choosing, target, fit, seed):
-    """End the script if the whole model does not do the task; warn if it takes no circuit to do it. Returns
-    the whole model's loss on contexts of train."""
+def check_able(name, nodes, train, choosing, target, fit, seed, reason=""):
+    """End the script if the whole model does not do the task, for which there may be a known `reason`; warn
+    if it takes no circuit to do it. Returns the whole model's loss on contexts of train."""
     ones = torch.ones(nodes.number, device=nodes.device)
     loss, able = loss_at(nodes, choosing, ones, fit), result(nodes.judge(choosing, ones))
     if loss > target:
-        remedy = (f"it could reach --target_loss={1.25 * loss:.2f}" if 1.25 * loss < 0.6 else
+        remedy = reason or (f"it could reach --target_loss={1.25 * loss:.2f}" if 1.25 * loss < 0.6 else
                   "that is about chance, 0.69: train it further, or choose another task")
         fail(f"the whole model does not do {name}: its loss is {loss:.3f} (accuracy {able['accuracy']:.1%}) "
              f"on {len(choosing)} contexts of train, above the target of {target:g}; {remedy}. What "
@@ -333,7 +373,7 @@ def check_able(name, nodes, train, choosing, target, fit, seed):
     return loss
 
 
-def warnings_of(nodes, runs, chosen, gates):
+def warnings_of(nodes, runs, chosen, gates, contexts):
     """What the reader of the result should know of the search, a line each."""
     tried = sorted({run["penalty"] for run in runs})
     if chosen["penalty"] in (tried[0], tried[-1]):
@@ -341,6 +381,8 @@ def warnings_of(nodes, runs, chosen, gates):
                f"{tried[-1]:g}: a smaller circuit may lie beyond")
     if count(nodes, gates)["nodes"] > LARGE * nodes.nodes:
         yield "the circuit has more than a tenth of all nodes: it explains little"
+    if (number := contexts.pairs()) > 1:
+        yield f"the task has {number} pairs of answers: the picture and what heads add are of one of them"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -399,20 +441,19 @@ def search_again(name, nodes, sets, target, how, trials):
 
 
 def searches(nodes, nodes_of, sets, others, target, how, trials, seed):
-    """All searches with something destroyed: name -> result. `nodes_of` makes Nodes of another model;
-    `others`: three sets of another task, or none."""
+    """All searches with something destroyed: yields name and result of each as it is done. `nodes_of` makes
+    Nodes of another model; `others`: three sets of another task, or none."""
     whole = nodes.with_edges(())
     labels = {"labels_shuffled": [shuffled_labels(contexts, seed) for contexts in sets],
               "answers_exchanged": [exchanged(contexts) for contexts in sets]}
     if others:
         labels["another_task"] = [asked_after(other, contexts)
                                   for other, contexts in zip(others, sets, strict=True)]
-    found = {name: search_again(HEADINGS[name], whole, labelled, target, how, trials)
-             for name, labelled in labels.items()}
+    for name, labelled in labels.items():
+        yield name, search_again(name.replace("_", " "), whole, labelled, target, how, trials)
     for name, destroy in (("weights_drawn_anew", drawn_anew), ("weights_shuffled", shuffled_weights)):
         other = nodes_of(destroy(nodes.model, seed))
-        found[name] = search_again(HEADINGS[name], other, sets, target, how, trials)
-    return found
+        yield name, search_again(name.replace("_", " "), other, sets, target, how, trials)
 
 
 def seeds_agree(nodes, runs, chosen):
@@ -444,119 +485,5 @@ def without_searches(nodes, gates, sets, beyond, fit, seed):
         "survival": {name: {c: round(x[c].item(), 4) if x[c].isfinite() else None
                             for c in nodes.kept(gates)[name]}
                      for name, x in survival(nodes, judging, gates).items() if name in nodes.kept(gates)},
-        "interventions": interventions(nodes, gates, judging, fit)}
-
-
-# ----------------------------------------------------------------------------------------------------------
-# the table
-
-CAVEATS = """The circuit chooses between two given answers. It is sufficient, and as necessary as the table
-says, under this ablation and on these contexts. That does not prove that the model computes the task so:
-norms and AbsTopK react to what is ablated, and causal scrubbing would ask for more."""
-HEADINGS = {
-    "chance": "chance", "last_token": "last token alone", "bigram_table": "bigram table alone",
-    "whole": "whole model", "whole_fitted": "  its logits fitted",
-    "random_order": "  tokens in random order", "nothing": "all nodes ablated",
-    "nothing_fitted": "  the logits fitted",
-    "found": "nodes that were found", "found_fitted": "  their logits fitted",
-    "circuit": "CIRCUIT", "circuit_fitted": "  its logits fitted", "without": "model without the circuit",
-    "without_fitted": "  its logits fitted",
-    "without_random": "model without random nodes", "random": "random nodes",
-    "random_edges": "random edges", "weights_drawn_anew": "weights drawn anew",
-    "weights_shuffled": "weights shuffled", "labels_shuffled": "labels shuffled",
-    "answers_exchanged": "answers exchanged", "another_task": "after another task's text",
-}
-
-
-def table_of(results):
-    """A row of texts for each result of HEADINGS: heading, loss, accuracy, nodes, edges, a note. Of several
-    draws, the range of their losses and accuracies. Random draws and searches have their logits fitted."""
-    rows = []
-    for key, heading in HEADINGS.items():
-        draws = results.get(key, [])
-        draws = draws if isinstance(draws, list) else [draws]
-        if draws:
-            (low, high), (worst, best) = ((min(v), max(v)) for v in
-                                          ([d[of] for d in draws] for of in ("loss", "accuracy")))
-            loss = f"{low:.3f}" + (f" to {high:.3f}" if len(draws) > 1 else "")
-            accuracy = f"{worst:.1%}" + (f" to {best:.1%}" if len(draws) > 1 else "")
-            size = [f"{draws[0][of]:,}" if of in draws[0] else "" for of in ("nodes", "edges")]
-            reached = "" if "reached" not in draws[0] else "{reached} of {of} reached".format(**draws[0])
-            rows.append([heading, loss, accuracy, *size, reached])
-    return rows
-
-
-def print_table(rows, judged_by):
-    print(f"\n{judged_by}; loss of the choice between the answers, in nats\n")
-    head = ["", "loss", "accuracy", "nodes", "edges", ""]
-    for heading, loss, accuracy, nodes, edges, note in [head, *rows]:
-        print(f"{heading:28}{loss:>15}{accuracy:>17}{nodes:>8}{edges:>9}   {note}".rstrip())
-
-
-def print_intervention(record):
-    print(f"{record['site']} {', '.join(map(str, record['channels']))}: " + "; ".join(
-        "{what} in the {where} {loss:.3f} ({0:.0%} and {1:.0%} right)".format(
-            *r["accuracy_of_each"], what=what, where=where.replace("whole", "whole model"), **r)
-        for what in ("removed", "reversed") for where in ("whole", "circuit")
-        for r in [record[f"{what}_in_{where}"]]))
-    if "attention" in record:
-        print("    attention of its head to the token that it attends to most: {attention:.2f}; removed "
-              "{attention_removed:.2f}, reversed {attention_reversed:.2f}".format(**record))
-
-
-def print_heads(heads):
-    for head, of in heads.items():
-        print(f"head {head} finds (attention of the last token; values "
-              f"{', '.join(map(str, of['channels']))}; adds to the first answer against the other):")
-        for token, share, values, adds, times in of["tokens"]:
-            print(f"    {token:16}{share:6.2f}   {' '.join(f'{v:+.2f}' for v in values)}   {adds:+.2f}"
-                  f"   in {times} places")
-        print(f"    attention to {of['tokens'][0][0]} by distance: " + ", ".join(
-            f"under {far} back {share:.2f}" if far < 2**30 else f"farther {share:.2f}"
-            for far, share in of["distance"]))
-
-
-def print_rest(results):
-    """What is no line of the table."""
-    c, w = results["circuit"], results["whole"]
-    print(f"\nsize: {c['nodes']:,} of {w['nodes']:,} nodes, {c['edges']:,} of {w['edges']:,} edges "
-          f"({c['weights']:,} weights between these nodes); and, "
-          f"not counted in these, {c['biases']} biases, {c['embedding_of_tokens']:,} weights of the "
-          f"embedding of tokens that occur here ({c['embedding']:,} of all tokens) and "
-          f"{c['unembedding_of_answers']} of the unembedding of the answers ({c['unembedding']:,} of all)")
-    ranks = results["first_of_all"]
-    print("of all tokens the right answer is the likeliest in {whole:.1%} of contexts in the whole model, "
-          "in {circuit:.1%} in the circuit".format(**ranks))
-    if results["rules"]:
-        print("rules that need no model, right answers: " + ", ".join(
-            f"whose first character {rule} {share:.1%}" for rule, share in results["rules"].items()))
-    seeds = results["seeds"]
-    print(f"mask seeds at penalty {seeds['penalty']:g}: {seeds['nodes']} nodes, {seeds['weights']} weights "
-          f"between them; "
-          f"pairs share {[round(x, 2) for x in seeds['overlaps']]} of their nodes; of all {seeds['of']} "
-          f"runs {seeds['failed']} failed")
-    print_heads(results["heads"])
-    if "faithfulness" not in results:
-        return
-    print("the rest of the model ablated otherwise, with the circuit's fit: " + "; ".join(
-        f"{how} {r['loss']:.3f} ({r['accuracy']:.1%})" for how, r in results["otherwise"].items()))
-    same = results["faithfulness"]
-    back = ", ".join(f"{float(share):.0%}: {np.mean(losses):.3f} (at most {max(losses):.3f})"
-                     for share, losses in same["given_back"].items())
-    print(f"same answer as the whole model: {same['same_answer']:.1%}; correlation of the logit "
-          f"differences: {same['correlation']:.2f}\nloss as random ablated nodes are given back: {back}")
-    for name, pair in results["beyond"].items():
-        print(f"beyond, {name}: " + "; all nodes ablated: ".join(
-            "{right:.1%} right (whole model {whole_right:.1%}), same answer {same_answer:.1%}, correlation "
-            "{correlation:.2f}".format(**pair[which])
-            for which in ("circuit", "nothing")))
-    for head, x in same["attention"].items():
-        print("head {0}: attention to its first choice {whole:.2f} in the whole model, {circuit:.2f} in the "
-              "circuit; {same:.2f} of all attention is the same".format(head, **x))
-    print("variance that nodes keep in the circuit (1: all): "
-          + "; ".join(f"{name} " + " ".join("none" if x is None else f"{x:.2f}"
-                                            for x in shares.values())
-                      for name, shares in results["survival"].items()))
-    for record in results["interventions"]:
-        print_intervention(record)
-    print(f"\n{CAVEATS}")
+        "interventions": interventions(nodes, gates, judging, fit),
+        "exchanges": exchanges(nodes, gates, judging)}

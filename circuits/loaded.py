@@ -22,6 +22,7 @@ import tiktoken
 import torch
 
 import runs
+from checkpoints import opened_beside
 from circuits.nodes import Nodes, hooks, matrices, means_over, node_sites
 from model import GPT
 from tokenizer import load_tokenizer, spell, tokenizer_in
@@ -104,7 +105,7 @@ class Loaded:
             arrays = {f"{kind}/{name}": x.cpu().numpy() for kind, of in zip(KINDS, means, strict=True)
                       for name, x in of.items()}
             try:
-                with runs.opened_beside(path, "wb") as f:
+                with opened_beside(path, "wb") as f:
                     np.savez(f, made_of=made_of, **arrays)
             except OSError:
                 pass  # a folder that cannot be written to: they are made anew the next time

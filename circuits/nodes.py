@@ -41,6 +41,10 @@ class Contexts:
         """1 where the right answer has the lower id of the two, else -1: (n)."""
         return (self.answers[:, 1] - self.answers[:, 0]).sign()
 
+    def pairs(self):
+        """How many different pairs of answers there are."""
+        return len(self.answers.sort(1).values.unique(dim=0))
+
     def in_random_order(self, seed):
         """The same contexts, the tokens before the last shuffled."""
         generator, idx = torch.Generator().manual_seed(seed), self.idx.clone()

@@ -17,13 +17,14 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from circuits.controls import HEADINGS, result
+from checkpoints import write_atomically
+from circuits.controls import result
 from circuits.loaded import load
 from circuits.nodes import Contexts, hooks, node_sites, weights_between
+from circuits.report import HEADINGS
 from circuits.saved import circuit_of, record_at
 from circuits.search import apply_fit
-from configurator import configure, fail
-from runs import write_atomically
+from configurator import configure, ends_explained, fail
 
 circuit = ""  # the path of a circuit.json
 page = ""  # where to write the page; '': circuit.html, beside it
@@ -355,6 +356,7 @@ def write(record, model, data, path):
     return len(text.encode())
 
 
+@ends_explained()
 def main():
     configure(globals())
     with record_at(circuit) as record:

@@ -9,10 +9,10 @@ import os
 
 import torch
 
+from circuits.figures import drawable, new_figure, save
 from circuits.saved import record_at
 from circuits.search import apply_fit
-from configurator import configure
-from figures import new_figure, save
+from configurator import configure, ends_explained
 from tokenizer import spell
 
 circuit = ""  # the path of a circuit.json
@@ -122,6 +122,7 @@ def describe(nodes, gates, contexts, tokenizer, fit=(1.0, 0.0)):
             "tokens": tokens,
             "spread": {f"{site}.{c}": inside[site][:, c].std().item() for site in kept for c in kept[site]},
             "d_head": model.config.d_head, "answers": [spell(tokenizer, t) for t in pair],
+            "pairs": contexts.pairs(),
             "answer_edges": [[site, c, i, unembedding[t, c].item()] for site in kept if site.endswith("_out")
                              for c in kept[site] for i, t in enumerate(pair) if unembedding[t, c] != 0],
             "extremes": extremes(nodes, contexts, gates, kept, inside, tokenizer),
@@ -239,7 +240,7 @@ def heads_table(heads, answers):
     """What each head finds, of controls.heads_of, as text: a line for a token. What it adds to the first
     answer is less what it adds to the other."""
     head = f"adds to {answers[0]}"
-    lines = [f"{'what the last token finds':28}attention{head:>18}  values"] if heads else []
+    lines = [f"{'what the last token finds':28}attention {head:>17}  values"] if heads else []
     for head, found in list(heads.items())[:HEADS]:
         channels = "".join(f"{c:>7}" for c in found["channels"][:VALUES])
         lines.append(f"by head {head}".ljust(56) + channels)
@@ -268,7 +269,8 @@ def strongest(record):
 
 def draw(record, path):
     """Write the picture of a circuit, of circuit.json's content, to `path`."""
-    record, left_out = strongest(record)
+    texts = {key: drawable(record[key]) for key in ("task", "results", "picture")}
+    record, left_out = strongest(record | texts)
     at = place_nodes(record)
     columns = {x: [name for name, (other, _) in at.items() if other == x] for x, _ in at.values()}
     height = min(max(4.5, 0.25 * max(map(len, columns.values()))), 30.0)
@@ -287,7 +289,9 @@ def draw(record, path):
         roles = [role for location, (role, _) in SITES.items() if any(f".{location}." in n for n in names)]
         axis.text(x, 1.02, ", ".join(roles), fontsize=8, ha="center", color="0.3")
     axis.text(-0.2, 1.02, "tokens that write the channel", fontsize=8, ha="right", color="0.3")
-    axis.text(right, 1.02, "answers", fontsize=8, ha="center", color="0.3")
+    pairs = record["picture"].get("pairs", 1)
+    axis.text(right, 1.02, "answers" if pairs == 1 else f"answers, one of {pairs} pairs", fontsize=8,
+              ha="center", color="0.3")
     c, w = record["results"]["circuit"], record["results"]["whole"]
     f = record["results"]["circuit_fitted"]
     figure.suptitle(f"{record['task']}: {c['nodes']:,} of {w['nodes']:,} nodes and {c['edges']:,} of "
@@ -303,6 +307,7 @@ def draw(record, path):
     save(figure, path)
 
 
+@ends_explained()
 def main():
     configure(globals())
     with record_at(circuit) as record:

@@ -6,7 +6,6 @@
     c.without().logits("print('hello")                  # the model without the circuit
     c.minus_edge("0.attn.attn_in", 3, "0.attn.attn_k", 97).result()["loss"]
 """
-import json
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from circuits.controls import result
 from circuits.loaded import Loaded, load
 from circuits.nodes import Contexts, Nodes, weights_between
 from circuits.search import apply_fit
-from configurator import fail, one_line
+from configurator import fail, one_line, read_json
 from runs import windows
 
 FORMAT = 2  # of circuit.json
@@ -115,12 +114,11 @@ def record_at(path):
     """What circuit.json holds, a dict, for a `with` block that makes something of it. What is wrong with the
     file, however deep in it, ends the script with one line."""
     try:
-        with open(path, encoding="utf-8") as f:
-            record = json.load(f)
+        record = read_json(path)
         if record["format"] != FORMAT:
             raise ValueError(f"its format is {record['format']}, not {FORMAT}")
         yield record
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         fail(f"cannot use circuit={path!r} ({one_line(e)}): give a circuit.json of circuit.py")
 
 

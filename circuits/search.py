@@ -6,6 +6,7 @@ there if two kept nodes happen to be joined, needed or not: `needed` removes edg
 removal costs least first, while the target holds. The target is met after a scale and a shift of the logits
 are fitted, as in the paper, unless `fit` is False.
 """
+import itertools
 import time
 from dataclasses import dataclass
 
@@ -21,7 +22,8 @@ STABLE = 1.1  # times the fewest nodes: of the penalties that come as near, the 
 AROUND = 8  # sizes below that of the bisection that are tried too
 MEASURED = 16  # candidates of least estimated cost that are tried one by one, before some go together
 QUICKLY = 128  # contexts on which they are tried; what is removed is tried on all
-CANDIDATES, NEAR = 3, 1.3  # so many circuits, of at most so many times the fewest nodes, lose what is idle
+CANDIDATES, NEAR = 2, 1.3  # so many circuits, of at most so many times the fewest nodes, lose what is idle
+MORE = (1, 1.5)  # and so many times their nodes are what is removed from
 CONSTANT = 1e-4  # a node that varies less than this share of its mean square is folded into the biases
 
 # ----------------------------------------------------------------------------------------------------------
@@ -328,7 +330,8 @@ def fold(circuit):
 
 def smallest(nodes, runs, choosing, target, fit=True):
     """Of the circuits that were found those with the fewest nodes, less what they do not need; of these the
-    one with the fewest edges: the run, Nodes, gates and path."""
+    one with the fewest edges, then nodes: the run, Nodes, gates and path. What is not needed is removed from
+    more nodes than the fewest too: then there is more to choose from."""
     reached = sorted((run for run in runs if run["nodes"]), key=lambda run: run["nodes"])
     if not reached:
         best = min(run["lowest_loss"] for run in runs)
@@ -338,9 +341,12 @@ def smallest(nodes, runs, choosing, target, fit=True):
     different = [run for i, run in enumerate(near)
                  if not any(torch.equal(run["gates"], other["gates"]) for other in near[:i])]
     found = []
-    for run in different[:CANDIDATES]:
-        begun, were = time.perf_counter(), count(nodes, run["gates"])
-        inside, gates, path = needed(nodes, run["gates"], choosing, target, fit)
+    for run, more in itertools.product(different[:CANDIDATES], MORE):
+        order = torch.tensor(run["order"], device=nodes.device)
+        gates = torch.zeros(nodes.nodes, device=nodes.device)
+        gates[order[:int(more * run["nodes"])]] = 1
+        begun, were = time.perf_counter(), count(nodes, gates)
+        inside, gates, path = needed(nodes, gates, choosing, target, fit)
         found.append((run, inside, gates, path))
         print(f"needed | {were['nodes']} nodes, {were['weights']} weights between them -> "
               f"{path[-1][0]} nodes, {path[-1][1]} edges | loss {path[-1][2]:.3f} on train | "

@@ -7,7 +7,6 @@ list other tasks whose contexts a circuit meets "beyond" its own; {"families": {
 list of hard inputs, by kind.
 """
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ import torch
 
 from circuits.loaded import Loaded
 from circuits.nodes import Contexts
-from configurator import one_line
+from configurator import one_line, read_json
 from runs import windows
 
 TARGET = 0.15  # the paper's
@@ -27,11 +26,13 @@ ALSO = {"target_loss", "beyond"}
 
 
 def path_of(name, beside="."):
-    """The file of a task: a path, with .json or without, from the folder `beside`; or a name in tasks/."""
+    """The file of a task: a path, with .json or without, from the folder `beside`; or a name in tasks/, with
+    that folder or without."""
     name = os.path.expanduser(name)
     name = name if name.endswith(".json") else f"{name}.json"
     found = os.path.join(beside, name)
-    return found if os.path.exists(found) or os.path.isabs(name) else os.path.join(FOLDER, name)
+    return found if os.path.exists(found) or os.path.isabs(name) else os.path.join(
+        FOLDER, name.removeprefix("tasks/"))
 
 
 def read_task(name, tokenizer, beside="."):
@@ -42,14 +43,14 @@ def read_task(name, tokenizer, beside="."):
     path = path_of(name, beside)
     try:
         with open(path, "rb") as f:
-            data = f.read()
-        spec = json.loads(data)
+            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+        spec = read_json(path)
         spec = with_ids(spec, tokenizer) | {
             "target_loss": float(spec.get("target_loss", TARGET)), "path": path,
-            "name": os.path.splitext(os.path.basename(path))[0], "sha256": hashlib.sha256(data).hexdigest()}
+            "name": os.path.splitext(os.path.basename(path))[0], "sha256": sha256}
     except OSError as e:
         raise ValueError(f"no task {path} ({e.strerror}): name a file of {FOLDER}, or give a path") from e
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise ValueError(f'{path} is no task ({one_line(e)}): it needs {{"answers": [text, text]}}, or '
                          '{"prompts": [[prompt, answer, other answer], ...], "held_out": [...]}') from e
     return spec
@@ -97,6 +98,20 @@ def one_token(tokenizer, text):
         raise ValueError(f"the answer {text!r} is {len(ids)} tokens of this model's tokenizer, {pieces}: "
                          "choose answers of one token each")
     return ids[0]
+
+
+def joined_otherwise(spec, tokenizer):
+    """Why a model may fail at a task of prompts, in a few words: most of them, with the right answer, are
+    other tokens in running text, which is what models read. '' if that is not so."""
+    prompts = [(ids[1:], right) for ids, (right, _) in spec.get("prompts", ())]
+    strange = [(ids, right) for ids, right in prompts if [*ids, right] != tokenizer.encode(
+        tokenizer.decode([*ids, right]), disallowed_special=())]
+    if 2 * len(strange) <= len(prompts):
+        return ""
+    prompt, answer = map(tokenizer.decode, (strange[0][0], [strange[0][1]]))
+    space = ": let the prompts end before their last space, and the answers begin with it"
+    return (f"{len(strange)} of its {len(prompts)} prompts, such as {prompt!r} with {answer!r}, are other "
+            f"tokens where text runs on{space if prompt.endswith(' ') else ''}")
 
 
 @dataclass
@@ -169,6 +184,8 @@ class Source:
 
     def three_sets(self, spec):
         """Contexts to learn masks on, to choose the size on, to judge by; either answer right as often."""
+        if "families" in spec:
+            raise ValueError(f"{spec['name']} is a list of hard inputs, which a task has beyond its own")
         if "pair" in spec:
             train = self.of_text(self.loaded.data.train, "train", spec, self.choosing + self.learning)
         else:

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from checkpoints import read_log
+from circuits.figures import new_figure, plain, save
 from configurator import configure, ends_explained, fail
-from figures import new_figure, plain, save
 from model import GPT, GPTConfig
-from runs import read_log
 
 only = ""  # run the ablations whose name contains this; '': all, and the models of the scaling figure
 jobs = os.cpu_count() or 1  # runs at a time, a core each

@@ -15,6 +15,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -24,14 +25,14 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from checkpoints import load_checkpoint
+from circuits.figures import new_figure, plain, save
 from circuits.loaded import load
 from circuits.nodes import count
 from circuits.search import Search, fewest, first_of, learn_masks, loss_at, loss_of
 from circuits.tasks import Source, read_task
-from configurator import configure, fail, settings_of
+from configurator import configure, ends_explained, fail, settings_of
 from experiments.ablations import last_of_log
-from figures import new_figure, plain, save
-from runs import load_checkpoint
 
 jobs = os.cpu_count() or 1  # processes; a GPU serves more than one, as the models are small
 device = "auto"  # 'auto', 'cpu', 'cuda'
@@ -193,6 +194,7 @@ def run_job(flags, seed, tasks):
 def start_worker(settings):
     """What a new process needs to know of this one."""
     globals().update(settings)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, and with it the jobs that have not begun
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -431,6 +433,7 @@ def report():
         draw_widths(n, points)
 
 
+@ends_explained("take fewer --jobs, or a smaller --at_once")
 def main():
     configure(globals())
     if jobs < 0 or at_once < 1:

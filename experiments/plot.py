@@ -7,9 +7,9 @@ import os
 import sys
 
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # if run by its path
+from checkpoints import read_log
+from circuits.figures import new_figure, plain, save
 from configurator import configure, ends_explained
-from figures import new_figure, plain, save
-from runs import read_log
 
 out_dir = "out"  # of the training run
 beside = ""  # the out_dir of another run, to compare with

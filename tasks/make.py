@@ -12,7 +12,7 @@ import json
 import os
 import random
 
-from configurator import configure, fail
+from configurator import configure, ends_explained, fail
 from tokenizer import load_tokenizer
 
 tokenizer = ""  # the path of a tokenizer.json, which the prompts are checked against; '': no check
@@ -188,6 +188,7 @@ def complaints(encoding):
                 yield f"{name}: {prompt!r} has more than {LONGEST} tokens, or does not end in a word"
 
 
+@ends_explained()
 def main():
     configure(globals())
     try:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import circuits.loaded
 import released
 import runs
+from checkpoints import load_checkpoint
 from circuits import Circuit, askable, compare, load, load_circuit, search
 from circuits.controls import loss_of
 from circuits.search import estimated_costs
@@ -26,7 +27,6 @@ from configurator import UserError, settings_of
 from conftest import REPO, read, run
 from experiments import attribution, evaluate
 from model import GPT, GPTConfig
-from runs import load_checkpoint
 from test_circuit import SMALL, plain_run
 
 WIDE = {"n_layer": 2, "d_model": 256, "d_head": 16, "d_mlp": 64, "block_size": 16, "vocab_size": 257,

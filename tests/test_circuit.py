@@ -10,17 +10,21 @@ import json
 import math
 import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 
+from checkpoints import load_checkpoint, model_of
 from circuits import controls as asked
-from circuits import page, picture, search
+from circuits import page, picture, report, search
+from circuits.figures import save
 from circuits.nodes import Contexts, Nodes, count, means_over, node_sites, survival
-from conftest import REPO, read, run
+from circuits.tasks import joined_otherwise, path_of, read_task
+from conftest import REPO, read, run, tree
 from model import GPT, GPTConfig
-from runs import load_checkpoint, model_of
 from test_sparsity import some_tokens, tiny_model
 
 A, B, E, X, Y = 0, 1, 4, 5, 6  # tokens; 2 and 3 are a and b, and all others say nothing
@@ -444,12 +448,12 @@ def test_of_the_circuits_found_the_one_with_fewest_edges_is_taken(known, capsys)
     """Those that are much larger are not even tried, and equal ones once; without any the script ends."""
     nodes, contexts = nodes_of(known), some_contexts(64, seed=1)
     idle = gates_of(nodes, KNOWN | {"0.mlp.mlp_in": [1]})
-    runs = [{"nodes": 6, "gates": idle, "lowest_loss": 0.1}, {"nodes": 6, "gates": idle, "lowest_loss": 0.1},
-            {"nodes": None, "gates": 0 * idle, "lowest_loss": 0.5},
-            {"nodes": 16, "gates": torch.ones(nodes.number), "lowest_loss": 0.1}]
+    order = torch.cat([idle.nonzero()[:, 0], (idle == 0).nonzero()[:, 0]]).tolist()
+    runs = [{"nodes": n, "gates": gates, "lowest_loss": loss, "order": order} for n, gates, loss in (
+        (6, idle, 0.1), (6, idle, 0.1), (None, 0 * idle, 0.5), (16, torch.ones(nodes.number), 0.1))]
     run, inside, gates, path = search.smallest(nodes, runs, contexts, 0.15)
     assert run is runs[0] and inside.kept(gates) == KNOWN and path[-1][:2] == [5, 3]
-    assert capsys.readouterr().out.count("needed |") == 1
+    assert capsys.readouterr().out.count("needed |") == len(search.MORE)
     with pytest.raises(SystemExit):
         search.smallest(nodes, runs[2:3], contexts, 0.15)
     assert "the best was 0.500" in capsys.readouterr().err
@@ -578,6 +582,23 @@ def test_random_edges_are_as_many_as_the_circuits(known):
     assert len({draw["loss"] for draw in drawn}) > 1
 
 
+def test_a_node_of_the_twin_takes_its_answer_along(known):
+    """The value does, and no other of its site; a context without a twin is left out."""
+    nodes, one = nodes_of(known), some_contexts(40)
+    twin = one.idx.clone()
+    twin[(one.idx == A)], twin[(one.idx == B)] = B, A
+    contexts = Contexts(torch.cat([one.idx, twin, some_contexts(3, seed=5).idx]),
+                        torch.full((83,), T - 1), torch.cat([one.answers, one.answers.flip(1),
+                                                             some_contexts(3, seed=5).answers]))
+    rows, others = asked.twins(contexts)
+    assert rows.tolist()[:80] == list(range(80)) and others.tolist()[:40] == list(range(40, 80))
+    found = {r["site"]: r for r in asked.exchanges(nodes, gates_of(nodes, KNOWN), contexts)}
+    value = found["0.attn.attn_v"]
+    assert value["twins"] == len(rows) >= 80 and value["kept"] > 0.95 and value["others"] < 0.05
+    assert found["0.attn.attn_k"]["kept"] < 0.05  # the capitals say the same to the key
+    assert asked.exchanges(nodes, gates_of(nodes, KNOWN), some_contexts(6)) == []
+
+
 def test_simple_rules_are_counted_on_the_text():
     """Which first character is the more frequent, which came last; a tie is half right."""
     class Letters:
@@ -640,8 +661,8 @@ def test_a_task_that_needs_no_circuit_is_warned_of(known, capsys):
     assert capsys.readouterr().out.count("alone reaches the target") == 2
     runs = [{"penalty": p} for p in (1e-3, 1e-2)]
     few, many = gates_of(nodes, {"0.attn.attn_k": [0]}), torch.ones(nodes.number)
-    assert not list(asked.warnings_of(nodes, [*runs, {"penalty": 1e-1}], runs[1], few))
-    assert [line.split(",")[0] for line in asked.warnings_of(nodes, runs, runs[1], many)] == [
+    assert not list(asked.warnings_of(nodes, [*runs, {"penalty": 1e-1}], runs[1], few, contexts))
+    assert [line.split(",")[0] for line in asked.warnings_of(nodes, runs, runs[1], many, contexts)] == [
         "the best penalty", "the circuit has more than a tenth of all nodes: it explains little"]
 
 
@@ -655,10 +676,10 @@ SMALL = ("--steps=3 --mask_seeds=1 --penalties=1e-3 --batch_size=4 --choosing_co
 
 @pytest.fixture
 def task(trained):
-    """task(**spec) writes task.json, in a folder with a run; of another name if one is given."""
-    def write(name="task", **spec):
+    """task(**spec), or task(whole), writes task.json, in a folder with a run; or another name."""
+    def write(*whole, name="task", **spec):
         with open(f"{name}.json", "w", encoding="utf-8") as f:
-            json.dump(spec, f)
+            json.dump(*whole or [spec], f)
 
     return write
 
@@ -684,7 +705,7 @@ def loss_with_hooks(record):
 
 def test_a_circuit_can_be_computed_again_from_its_file(task, capsys):
     """Its loss by a few hooks on the named modules; with the controls beside it, and the picture."""
-    task("another", answers=["e", "t"])
+    task(name="another", answers=["e", "t"])
     task(answers=["r", "t"], target_loss=5.0, beyond=["another.json"])
     assert run(f"circuit.py --task=task.json {SMALL}") == 0
     record = json.loads(read("out/circuits/task/circuit.json"))
@@ -713,6 +734,124 @@ def test_the_same_seed_gives_the_same_circuit(task):
     """And the same results."""
     task(answers=["r", "t"], target_loss=5.0)
     assert circuit_of_task() == circuit_of_task()
+
+
+def test_ctrl_c_in_the_controls_keeps_the_circuit(task, capsys, monkeypatch):
+    """It is written with the controls that were made, and says that others are missing; then the script ends
+    as Ctrl-C ends it."""
+    task(answers=["r", "t"], target_loss=5.0)
+    destroy = asked.shuffled_weights
+    monkeypatch.setattr(asked, "shuffled_weights", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert run(f"circuit.py --task=task.json --nonsense_task= {SMALL}") == 130
+    stopped, captured = json.loads(read("out/circuits/task/circuit.json")), capsys.readouterr()
+    [warning] = [line for line in stopped["warnings"] if "Ctrl-C" in line]
+    assert warning in captured.out and warning in read("out/circuits/task/circuit.html")
+    assert not captured.err and os.path.exists("out/circuits/task/circuit.png")
+    monkeypatch.setattr(asked, "shuffled_weights", destroy)
+    assert run(f"circuit.py --task=task.json --nonsense_task= {SMALL}") == 0
+    whole = json.loads(read("out/circuits/task/circuit.json"))
+    missing = whole["results"].pop("weights_shuffled")
+    assert missing and whole["results"] == stopped["results"]
+    assert not any("Ctrl-C" in line for line in whole["warnings"])
+
+
+@pytest.mark.parametrize("error, status, words", [
+    (KeyboardInterrupt(), 130, ""), (RuntimeError("CUDA out of memory. Tried"), 2, "--batch_size")])
+def test_a_search_that_cannot_end_is_no_traceback(task, capsys, monkeypatch, error, status, words):
+    """Ctrl-C, and memory that does not suffice, for which it says what to do."""
+    def find(*_):
+        raise error
+
+    task(answers=["r", "t"], target_loss=5.0)
+    monkeypatch.setattr(search, "find", find)
+    assert run(f"circuit.py --task=task.json {SMALL}") == status
+    captured = capsys.readouterr().err
+    assert captured.count("\n") == bool(words) and words in captured
+    assert not os.path.exists("out/circuits/task/circuit.json")
+
+
+def test_inputs_beyond_are_for_the_controls(task, capsys):
+    """Without these a task that names some that are not there is no error."""
+    task(answers=["r", "t"], target_loss=5.0, beyond=["nowhere"])
+    assert circuit_of_task()["hard"] == {}
+    assert "without inputs beyond the task: no task" in capsys.readouterr().out
+
+
+def test_several_pairs_of_answers_are_said(task, capsys):
+    """Table, picture and page have one of them, and name it as one."""
+    pairs = ["ab", "ba", "cd", "dc", "fe", "ef"]
+    prompts = [[f"{i:03} is{i % 7}", *pairs[i % 6]] for i in range(150)]
+    task(prompts=prompts[:96], held_out=prompts[96:], target_loss=5.0)
+    record, drawn = circuit_of_task(), []
+    warning = "the task has 3 pairs of answers"
+    assert record["picture"]["pairs"] == 3 and "".join(record["answers"]) in ("ab", "cd", "ef")
+    assert warning in capsys.readouterr().out and warning in read("out/circuits/task/circuit.html")
+    for record["picture"]["pairs"], words in ((3, "answers, one of 3 pairs"), (1, "answers")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(picture, "save", lambda figure, path: drawn.append(figure))
+            picture.draw(record, "circuit.png")
+        assert words in [text.get_text() for text in drawn[-1].axes[0].texts]
+
+
+def test_a_node_that_never_varies_is_json(known):
+    """The query of the known model is constant: what share of its variance is left has no number."""
+    nodes, contexts = nodes_of(known), some_contexts(64)
+    gates = gates_of(nodes, KNOWN | {"0.attn.attn_q": [0]})
+    found = asked.without_searches(nodes, gates, [contexts] * 3, {"ordinary text": contexts}, (1.0, 0.0), 0)
+    assert found["survival"]["0.attn.attn_q"] == {0: None}
+    assert json.loads(json.dumps(found, allow_nan=False))["survival"]["0.attn.attn_v"]["0"] > 0.5
+
+
+def test_the_heads_table_names_the_answers(known, capsys):
+    """Of which the one of the lower id is the first, whichever the task names first."""
+    class Letters:
+        def decode_single_token_bytes(self, i):
+            return b"ABabEXYhijklmnop"[i:i + 1]
+
+    contexts = asked.exchanged(some_contexts(200))
+    nodes = nodes_of(known)
+    report.print_heads(asked.heads_of(nodes, gates_of(nodes, KNOWN), contexts, Letters()))
+    assert "adds to X against Y" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_a_font_lacks_is_drawn_as_an_escape(task):
+    """Chinese, control characters, in tokens, answers and the name of a task: no box, and no warning."""
+    task(answers=["r", "t"], target_loss=5.0)
+    record, drawn = circuit_of_task(), []
+    record["task"], record["picture"]["answers"] = "任务", ["中\x07", "é→"]
+    for example in record["picture"]["examples"]:
+        example["tokens"][0], example["right"] = "文\u202e", "\U00020000"
+    for head in record["results"]["heads"].values():
+        head["tokens"][0][0] = "\r中"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(picture, "save", lambda figure, path: drawn.append(figure) or save(figure, path))
+        picture.draw(record, "circuit.png")
+    [figure] = drawn
+    texts = [text.get_text() for axis in figure.axes for text in axis.texts]
+    assert figure.get_suptitle().startswith("\\u4efb\\u52a1: ")
+    assert {"\\u4e2d\\x07", "é→", "\\u6587\\u202e"} <= set(texts) and any("\\U00020000" in x for x in texts)
+    assert all(ord(c) < 2**13 or c in "→⏎␣⇥\ufffd" for text in texts for c in text)
+
+
+@pytest.mark.parametrize("space, tokens", [(" ", True), ("", False)])
+def test_a_prompt_that_ends_in_a_space_is_said_to(task, capsys, monkeypatch, space, tokens):
+    """A model that fails at it may have read the space with the answer only: training further is no remedy.
+    Where the tokens of prompt and answer are those of running text, it is."""
+    merged = {bytes([i]): i for i in range(256)} | {b" a": 256, b" b": 257}
+    bpe = tiktoken.Encoding("bpe", pat_str=r" ?\w+|\s", mergeable_ranks=merged,
+                            special_tokens={"<|endoftext|>": 258})
+    answers = [" a", " b"] if not space else ["a", "b"]
+    prompts = [[f"{i:03}is{space}", *answers[::1 if i % 2 else -1]] for i in range(150)]
+    task(prompts=prompts[:96], held_out=prompts[96:])
+    reason = joined_otherwise(read_task("task.json", bpe), bpe)
+    assert bool(reason) == tokens and (not tokens or "96 of its 96" in reason and "'000is '" in reason)
+    nodes = nodes_of(tiny_model(vocab_size=16, block_size=T).eval().requires_grad_(False))
+    contexts = some_contexts(64)
+    with pytest.raises(SystemExit):
+        asked.check_able("task", nodes, np.arange(16), contexts, 0.1, True, 0, reason)
+    error = capsys.readouterr().err
+    assert ("train it further" in error) != tokens and ("before their last space" in error) == tokens
 
 
 def test_contexts_contain_what_the_task_asks_for(task):
@@ -744,6 +883,28 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_the_search(task, caps
     assert run(f"circuit.py --task=task.json {SMALL}") == 2
     captured = capsys.readouterr()
     assert "cannot write to out/circuits/task" in captured.err and "penalty" not in captured.out
+
+
+def test_a_model_that_cannot_do_the_task_moves_no_circuit(task):
+    """What was found in an earlier checkpoint is where it was, as the new one has nothing to put there."""
+    task(answers=["r", "t"], target_loss=5.0)
+    circuit_of_task()
+    before = tree("out")
+    assert run(f"circuit.py --task=task.json --ablation=zero --target_loss=1e-9 {SMALL}") == 2
+    assert tree("out") == before
+
+
+def test_data_of_another_tokenizer_is_told_with_the_remedy_that_works(task, capsys):
+    """Prepared with the tokenizer of the run, the data serves again; by the first command it would not."""
+    task(answers=["r", "t"], target_loss=5.0)
+    shutil.rmtree("data/tiny")
+    shutil.copytree("data/other", "data/tiny")
+    assert run(f"circuit.py --task=task.json {SMALL}") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "prepare it again with --tokenizer=out/tokenizer.json" in line
+    remedy = line.split("prepare it again with ")[1]
+    assert run(f"prepare.py --dataset='[0-9]*.txt' --name=tiny --val_fraction=0.2 {remedy}") == 0
+    assert circuit_of_task()["dataset"] == "tiny"
 
 
 def test_unseen_text_is_judged_too(task, tmp_path, capsys):
@@ -803,7 +964,7 @@ def test_picture_and_page_are_made_again_from_the_file(task, capsys):
 
 @pytest.mark.parametrize("module", [picture, page])
 @pytest.mark.parametrize("text, words", [
-    ("{", "JSONDecodeError"), ("[" * 100_000, "RecursionError"), ("[]", "TypeError"), ("{}", "format"),
+    ("{", "JSONDecodeError"), ("[" * 100_000, "RecursionError"), ("[]", "no JSON object"), ("{}", "format"),
     ('{"format": 1}', "its format is 1"), (None, "No such file"),
     ('{"format": 2, "model": 7, "nodes": "x", "picture": 3}', "Error")])
 def test_a_file_that_is_no_circuit_is_one_line(module, text, words, tmp_path, capsys):
@@ -816,6 +977,17 @@ def test_a_file_that_is_no_circuit_is_one_line(module, text, words, tmp_path, ca
     error = capsys.readouterr().err
     assert error.startswith(f"error: cannot use circuit={path!r}") and words in error
     assert error.count("\n") == 1 and len(error) < 500
+
+
+@pytest.mark.parametrize("name", ["quotes", "quotes.json", "tasks/quotes", "tasks/quotes.json"])
+def test_a_shipped_task_is_found_from_anywhere(name, tmp_path, monkeypatch):
+    """By its name or by the path that it has in the repository; a file of one's own comes first."""
+    monkeypatch.chdir(tmp_path)
+    assert path_of(name) == os.path.join(REPO, "tasks", "quotes.json")
+    mine = tmp_path / (name.removesuffix(".json") + ".json")
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("{}")
+    assert os.path.samefile(path_of(name), mine)
 
 
 def test_shipped_tasks_are_well_formed():
@@ -847,11 +1019,13 @@ def test_shipped_tasks_are_well_formed():
     ({"answers": ["r", ""]}, "", ["''", "0 tokens"]),
     ({"answers": ["r", "t"], "target_loss": "low"}, "", ["is no task"]),
     ({"answers": ["r", "t"], "beyond": ["nowhere"]}, "", ["no task", "tasks/nowhere.json"]),
+    ([["answers"]], "", ["is no task", "no JSON object"]),
     ({"prompts": [["a", "b"]], "held_out": []}, "", ["is no task"]),
     ({"prompts": [["a", "b", "b"]], "held_out": []}, "", ["two different answers"]),
     ({"prompts": [["a", "b", "c"]], "held_out": [["a", "b", "c"]]}, "", ["held-out prompts that are not"]),
     ({"prompts": [[str(i), "b", "c"] for i in range(40)], "held_out": []}, "", ["0 prompts", "as often"]),
     ({}, "", ["is no task"]),
+    ({"families": {"hard": [["a", "b", "c"]]}}, "", ["task is a list of hard inputs"]),
     ({"prompts": [["a", "b", "c"]], "held_out": []}, "", ["0 prompts", "write more"]),
     ({"prompts": [["a" * 40, "b", "c"], ["a" * 40, "c", "b"]] * 20, "held_out": []}, "",
      ["a prompt", "window of 16"]),
@@ -866,7 +1040,7 @@ def test_shipped_tasks_are_well_formed():
 ], ids=str)
 def test_bad_input_to_circuit_is_one_line(task, capsys, spec, flags, words):
     """It says what is wrong, and nothing is written."""
-    task(**spec)
+    task(*spec) if isinstance(spec, list) else task(**spec)
     assert run(f"circuit.py --task=task.json {SMALL} {flags}") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(word in error for word in words), error

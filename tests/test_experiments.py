@@ -2,12 +2,14 @@
 of val, and the curves.
 """
 import collections
+import contextlib
 import csv
 import io
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-import runs
+import checkpoints
 from circuits.tasks import Source
 from conftest import REPO, checkpoint
 from experiments import ablations, circuit_sizes, evaluate, plot
@@ -206,6 +208,31 @@ def test_an_experiment_that_was_stopped_is_not_recorded(prepared, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------
 # experiments/circuit_sizes.py
 
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_jobs_without_a_traceback(tmp_path):
+    """Those that have not begun too: here each would take ten minutes."""
+    config = tmp_path / "endless.py"
+    config.write_text(f"import os, time\nopen({str(tmp_path)!r} + f'/began{{os.getpid()}}', 'w').close()\n"
+                      "time.sleep(600)\n")
+    with open(tmp_path / "errors", "w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.circuit_sizes", "--jobs=1", f"--config={config}",
+             f"--models={tmp_path}/models", f"--record={tmp_path}/sizes.csv", "--device=cpu"],
+            cwd=REPO, stderr=errors, start_new_session=True)
+    try:
+        end = time.time() + 120
+        while not list(tmp_path.glob("began*")):
+            assert process.poll() is None and time.time() < end, (tmp_path / "errors").read_text()
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "Traceback" not in (tmp_path / "errors").read_text() and len(list(tmp_path.glob("began*"))) == 1
+
+
 OF_A_ROW = {"whole_val_loss": 0.1, "whole_train_loss": 0.1, "pretraining_loss": 3.8, "nonzero": 9}
 
 
@@ -353,14 +380,14 @@ def test_a_training_that_was_stopped_goes_on(prepared, small_search, monkeypatch
     monkeypatch.setattr(circuit_sizes, "TRAINING", f"{AN_EXPERIMENT} --dataset={prepared}/data/tiny")
     folder, commands = circuit_sizes.train("", 1), []
     path = os.path.join(folder, "ckpt.pt")
-    saved = runs.load_checkpoint(path)
+    saved = checkpoints.load_checkpoint(path)
     saved["step"] = 2
     torch.save(saved, path)
     run = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda command, **options: (
         commands.append(command), run(command, **options))[1])
     assert circuit_sizes.train("", 1) == folder and commands[0][-1] == "--init_from=resume"
-    assert runs.load_checkpoint(path)["step"] == 3
+    assert checkpoints.load_checkpoint(path)["step"] == 3
     circuit_sizes.train("", 1)
     assert len(commands) == 1
     with pytest.raises(SystemExit, match="smallest that fits"):
@@ -389,7 +416,7 @@ def test_evaluation_takes_all_windows_of_val_once(trained, monkeypatch, capsys):
     evaluate.main()
     found, bigrams = csv.DictReader(io.StringIO(capsys.readouterr().out))
     meta = json.loads(Path("data/tiny/meta.json").read_text())["val"]
-    model = runs.model_of(checkpoint()).eval()
+    model = checkpoints.model_of(checkpoint()).eval()
     val = torch.from_numpy(np.fromfile("data/tiny/val.bin", dtype="<u2").astype(np.int64))
     T, losses, kurtoses = model.config.block_size, [], []
     for start in range(0, len(val) - T, T):
@@ -425,7 +452,7 @@ def test_evaluation_is_of_one_data_set(trained, monkeypatch, capsys):
     """The bigrams are counted in the data of all the models."""
     shutil.copytree("data/tiny", "data/copy")
     shutil.copytree("out", "other")
-    saved = runs.load_checkpoint("other/ckpt.pt")
+    saved = checkpoints.load_checkpoint("other/ckpt.pt")
     saved["settings"]["dataset"] = "copy"
     torch.save(saved, "other/ckpt.pt")
     monkeypatch.setattr(evaluate, "out_dirs", "out,other")
@@ -478,7 +505,8 @@ def test_nothing_but_a_figure_needs_matplotlib():
     """Importing circuit.py loads none of it; drawing leaves pyplot, and with it the backend, alone."""
     code = """
 import sys
-import circuit, figures
+import circuit
+from circuits import figures
 from circuits import picture
 from experiments import ablations, circuit_sizes, plot
 assert "matplotlib" not in sys.modules

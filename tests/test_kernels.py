@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import checkpoints
 import kernels
-import runs
 from conftest import checkpoint, finish, launch, log, read
 from kernels import SparseLinear, keep_largest, use_sparse_linears_, zero_where_not
 from model import (
@@ -486,7 +486,7 @@ def test_gpu_trains_stops_resumes_and_samples(here, dtype):
     losses = [record["val/loss"] for record in records if "val/loss" in record]
     assert losses[-1] < losses[0] - 0.3
     last = [record for record in records if "sparsity/nonzero" in record][-1]
-    sizes = [p.numel() for _, p, _ in runs.model_of(checkpoint()).sparse_parameters()]
+    sizes = [p.numel() for _, p, _ in checkpoints.model_of(checkpoint()).sparse_parameters()]
     assert last["sparsity/nonzero"] == sum(n // 4 for n in sizes)
     status, errors = finish(launch(command + " --max_iters=70 --init_from=resume"))
     assert status == 0 and checkpoint()["step"] == 70, errors

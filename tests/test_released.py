@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import released
+from checkpoints import load_checkpoint, model_of
 from conftest import checkpoint, frozen, read, run, weights
 from kernels import use_sparse_linears_
 from model import AbsTopK, GPTConfig
-from runs import load_checkpoint, model_of
 from test_sparsity import tiny_model
 from tokenizer import read_tokenizer
 

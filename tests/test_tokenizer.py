@@ -58,11 +58,13 @@ def test_the_digest_is_that_of_the_files_bytes(tmp_path):
 
 
 def test_every_token_has_a_spelling_on_one_line():
-    """White space that stands alone is shown by signs, what is no character by a replacement for one."""
-    tokens = [b"a b", b" ", b"\n", b"\n" + b" " * 8, b"\xff", b"')\n", b"\t", b"  "]
-    encoding = tiktoken.Encoding("x", pat_str=r"[\s\S]", special_tokens={"<|endoftext|>": 9},
+    """White space that stands alone is shown by signs, what is no character by a replacement for one, and
+    what would move the cursor or turn the line around by its escape."""
+    tokens = [b"a b", b" ", b"\n", b"\n" + b" " * 8, b"\xff", b"')\n", b"\t", b"  ", b"\r\n", b"\x1b[1m",
+              "é中\u202e".encode()]
+    encoding = tiktoken.Encoding("x", pat_str=r"[\s\S]", special_tokens={"<|endoftext|>": 12},
                                  mergeable_ranks={token: i for i, token in enumerate(tokens)})
-    assert [spell(encoding, i) for i in range(8)] == [
-        "a b", "␣", "⏎", "⏎␣×8", "\ufffd", "')⏎", "⇥", "␣␣"]
-    assert spell(encoding, 8) == "\ufffd" and spell(encoding, 9) == "<|endoftext|>"
-    assert token_bytes(encoding, 4) == b"\xff" and token_bytes(encoding, 8) == "\ufffd".encode()
+    assert [spell(encoding, i) for i in range(11)] == [
+        "a b", "␣", "⏎", "⏎␣×8", "\ufffd", "')⏎", "⇥", "␣␣", "\\r⏎", "\\x1b[1m", "é中\\u202e"]
+    assert spell(encoding, 11) == "\ufffd" and spell(encoding, 12) == "<|endoftext|>"
+    assert token_bytes(encoding, 4) == b"\xff" and token_bytes(encoding, 11) == "\ufffd".encode()
