@@ -619,6 +619,7 @@ def test_the_first_sentences_say_how_often_the_circuit_is_right(opened, browser)
     assert ("right in 75.0% of the contexts of the validation text, fitted; the whole model in 100.0%. The "
             "circuit's loss there is 0.170; the target, 0.15, was met on training contexts (0.100)") in said
     terms = browser.run("document.getElementById('terms').textContent")
+    assert "pairs of answers" not in said
     assert "Frozen: held at its mean over the training text" in terms
     assert "multiplied by 1.50 and shifted by 0.10" in terms
     assert "without it the circuit is right in 63.7%" in terms
