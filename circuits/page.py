@@ -314,7 +314,7 @@ def content(record, model, data, arrays):
     padded = np.array([ids + [0] * (longest - len(ids)) for ids, _ in contexts])
     return {
         "record": {key: record[key] for key in SHOWN},
-        "results": {name: record["results"][name] for name in (*HEADINGS, "heads", "otherwise")
+        "results": {name: record["results"][name] for name in (*HEADINGS, "heads", "otherwise", "exchanges")
                     if name in record["results"]},
         "freeze": freeze(nodes, gates, as_contexts(contexts), record),
         "config": asdict(model.config), "tokenizer": json.loads(data.tokenizer),

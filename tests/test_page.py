@@ -207,6 +207,8 @@ def random_record(model, encoding, seed=0):
                     "circuit_fitted": {"loss": 0.17, "accuracy": 0.75},
                     "whole": {"loss": 0.01, "accuracy": 1.0}, "without": {"loss": 0.7, "accuracy": 0.55},
                     "random": [{"loss": 0.6, "accuracy": 0.5}, {"loss": 0.8, "accuracy": 0.6}],
+                    "exchanges": [{"site": "0.attn.attn_k", "kept": 0.12, "others": 0.34},
+                                  {"site": "0.attn.attn_out", "kept": 0.9, "others": 0.1}],
                     "labels_shuffled": {"loss": 0.69, "accuracy": 0.5, "reached": 1, "of": 5}},
         "curve": [[9, 20, 0.1]], "caveats": "None <b>at all</b>."}
     record["edges"] = [edge[:4] for edge in weights_between(model, record["nodes"]) if rng.random() < 0.5]
@@ -778,6 +780,7 @@ def test_controls_answer_questions(opened, browser):
                                                    ["0.690", "50.0%"], ["0.700", "55.0%"]]
     assert [row[4] for row in found.values()] == ["", "2 draws", "1 of 5 reached", ""]
     shown = browser.run("document.getElementById('shown').textContent")
+    assert "keys 12% and 34%; attention writes 90% and 10%. " in shown and "at 1 of 2 kinds." in shown
     assert "right in 75.0%" in shown and "1 of 5 runs" in shown and "right in 55.0%: it needs them" in shown
 
 
