@@ -225,7 +225,7 @@ class Loaded:
         """Hooks that remove edges, as `frozen` says."""
         if isinstance(at, torch.Tensor) or at not in ("mean", 0):
             raise ValueError(f"an edge can be frozen at 'mean' or 0, not at {at!r}")
-        if wrong := [edge for edge in edges if isinstance(edge, str) or len(edge) not in (4, 5)]:
+        if wrong := [edge for edge in edges if type(edge) not in (tuple, list) or len(edge) not in (4, 5)]:
             raise ValueError(f"an edge is (site read, channel, site written, channel), not {wrong[0]!r}")
         edges = [tuple(edge[:4]) for edge in edges]
         weights = {(read, written): weight for read, written, weight, _ in matrices(self.model)}

@@ -967,7 +967,7 @@ def test_picture_and_page_are_made_again_from_the_file(task, capsys):
     ("{", "JSONDecodeError"), ("[" * 100_000, "RecursionError"), ("[]", "no JSON object"),
     ("{}", "(it lacks 'format')"), ('{"format": 1}', "(its format is 1, not 2)"),
     (None, "(No such file or directory)"),
-    ('{"format": 2, "model": 7, "nodes": "x", "picture": 3}', "Error")])
+    ('{"format": 2, "model": 7, "nodes": "x", "picture": 3}', "(it lacks 'task')|(TypeError: ")])
 def test_a_file_that_is_no_circuit_is_one_line(module, text, words, tmp_path, capsys):
     """It names the file and what is wrong, however deep that is."""
     path = str(tmp_path / "circuit.json")
@@ -976,7 +976,8 @@ def test_a_file_that_is_no_circuit_is_one_line(module, text, words, tmp_path, ca
     with pytest.raises(SystemExit):
         again(module, f"--circuit={path}")
     error = capsys.readouterr().err
-    assert error.startswith(f"error: cannot use circuit={path!r}") and words in error
+    assert error.startswith(f"error: cannot use circuit={path!r}")
+    assert any(word in error for word in words.split("|"))
     assert error.count("\n") == 1 and len(error) < 500
 
 
