@@ -94,6 +94,16 @@ def token_bytes(encoding, token):
         return "\ufffd".encode()
 
 
+def one_token(tokenizer, text):
+    """The id of a text that is one token; ValueError, with the pieces, if it is more, or none."""
+    ids = tokenizer.encode(text, disallowed_special=())
+    if len(ids) != 1:
+        pieces = [tokenizer.decode([i]) for i in ids]
+        raise ValueError(f"{text!r} is {len(ids)} tokens of this model's tokenizer, {pieces}: choose one of "
+                         "one token")
+    return ids[0]
+
+
 def spell(encoding, token):
     """A token on one line: ⏎ is a newline, ⇥ a tab, ␣ a space where there is nothing else; what cannot be
     printed is escaped."""
