@@ -189,6 +189,8 @@ class Loaded:
         Gradients flow: to `at`, to all nodes that are not frozen and, through reversed ones, to what they
         read.
         """
+        if not isinstance(nodes, dict | None):
+            raise ValueError(f"nodes must be a dict, site -> channels, not {configurator.shown(nodes)}")
         with ExitStack() as stack:
             for site, channels in (nodes or {}).items():
                 channels = integers(channels, f"channels of {site}")
@@ -211,8 +213,8 @@ class Loaded:
         if how not in ("mean", "reversed", "value"):
             raise ValueError(f"a node can be frozen at 'mean', 'reversed' or a number, not at {at!r}")
         if given.dim() > 2 or given.shape[-1:] not in ((), (1,), index.shape):
-            raise ValueError(f"at must broadcast to (T, {len(index)}), tokens and channels of {site}, not "
-                             f"be of the shape {tuple(given.shape)}")
+            raise ValueError(f"at has the shape {tuple(given.shape)}, which does not broadcast to (T, "
+                             f"{len(index)}), tokens and channels of {site}")
 
         def freeze(x):
             if given.dim() == 2 and len(given) not in (1, x.size(-2)):

@@ -292,7 +292,7 @@ def test_the_effect_of_one_unit_is_at_the_scale_of_train(quickstart):
     lambda r: r.frozen(edges=[("0.attn.attn_in", 1, "0.attn.attn_k", 1)], at="reversed").__enter__(),
     lambda r: r.frozen(edges=[("0.attn.attn_in", 1, "0.attn.attn_k", 1)], at=torch.ones(2)).__enter__(),
     lambda r: r.frozen(edges=("0.attn.attn_in", 1, "0.attn.attn_k", 1)).__enter__(),
-    lambda r: r.frozen({"0.attn.attn_v": "1"}).__enter__(),
+    lambda r: r.frozen({"0.attn.attn_v": "1"}).__enter__(), lambda r: r.frozen("0.attn.attn_v").__enter__(),
     lambda r: r.frozen({"0.attn.attn_v": [1.5]}).__enter__(),
     lambda r: r.frozen({"0.attn.attn_v": [1, 2]}, at=torch.ones(3)).__enter__(),
     lambda r: r.frozen({"0.attn.attn_v": [1, 2]}, at=torch.ones(1, 6, 2)).__enter__(),
