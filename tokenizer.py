@@ -99,7 +99,7 @@ def one_token(tokenizer, text):
     ids = tokenizer.encode(text, disallowed_special=())
     if len(ids) != 1:
         pieces = [tokenizer.decode([i]) for i in ids]
-        raise ValueError(f"{text!r} is {len(ids)} tokens of this model's tokenizer, {pieces}: it must be one")
+        raise ValueError(f"{text!r} is {len(ids)} tokens of this model's tokenizer, {pieces}, not one")
     return ids[0]
 
 

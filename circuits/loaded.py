@@ -189,7 +189,7 @@ class Loaded:
         Gradients flow: to `at`, to all nodes that are not frozen and, through reversed ones, to what they
         read.
         """
-        if not isinstance(nodes, dict | None):
+        if nodes is not None and not hasattr(nodes, "items"):
             raise ValueError(f"nodes must be a dict, site -> channels, not {configurator.shown(nodes)}")
         with ExitStack() as stack:
             for site, channels in (nodes or {}).items():
