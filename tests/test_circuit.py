@@ -21,7 +21,7 @@ from checkpoints import load_checkpoint, model_of
 from circuits import controls as asked
 from circuits import page, picture, report, search
 from circuits.figures import save
-from circuits.nodes import Contexts, Nodes, count, means_over, node_sites, survival
+from circuits.nodes import Contexts, Nodes, count, hooks, means_over, node_sites, survival
 from circuits.tasks import joined_otherwise, path_of, read_task
 from conftest import REPO, read, run, tree
 from model import GPT, GPTConfig
@@ -298,6 +298,9 @@ def test_the_target_is_met_with_the_fit_or_without(known, monkeypatch):
         asked.result(nodes.judge(contexts, ones))["loss"])
     assert search.loss_at(nodes, contexts, ones) == pytest.approx(
         asked.fitted(nodes, ones, contexts, contexts)["loss"])
+    asked.check_able("a task", nodes, np.arange(16), contexts, 0.15, True, 0)
+    with pytest.raises(SystemExit):
+        asked.check_able("a task", nodes, np.arange(16), contexts, 0.15, False, 0)
     for fit in (True, False):
         [run] = search.find(nodes, *[contexts] * 2, 0.15, search.Search(fit=fit), "a task", [(1e-2, 0)])
         assert run["nodes"] == (5 if fit else None)
@@ -351,6 +354,17 @@ def test_a_destroyed_model_has_no_circuit(known, destroy):
             assert torch.equal(p.flatten().sort().values, before[name].flatten().sort().values)
     _, runs = found_in(other)
     assert [found["nodes"] for found in runs] == [None] * 2
+
+
+def test_weights_drawn_anew_are_as_many():
+    """And others."""
+    model = tiny_model().requires_grad_(False)
+    model.prune_(0.4)
+    other = asked.drawn_anew(model, seed=3)
+    (before, number), (after, _) = ((sum(int(f(p)) for p in m.decayed_parameters()) for f in (
+        torch.count_nonzero, torch.numel)) for m in (model, other))
+    assert before < number / 2 and after == pytest.approx(before, rel=0.02)
+    assert not torch.equal(other.lm_head.weight, model.lm_head.weight)
 
 
 def test_shuffled_labels_have_no_circuit(known):
@@ -433,6 +447,22 @@ def test_a_circuit_loses_edges_though_its_nodes_stay(known):
     inside, gates, _ = search.needed(nodes, gates_of(nodes, KNOWN), contexts, 0.15, fit=False)
     assert (count(inside, gates)["weights"], count(inside, gates)["edges"]) == (4, 3)
     assert ("0.attn.attn_in", 3, "0.attn.attn_v", 0) not in [edge[:4] for edge in inside.edges_in(gates)]
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_only_between_kept_nodes_an_edge_can_be_missing(known, kept):
+    """Of two nodes that are gone the edge is neither counted as removed nor missing in the model without the
+    circuit, whether its gate is 0 or 1."""
+    nodes = nodes_of(known)
+    gates = gates_of(nodes, KNOWN)
+    inside = nodes.with_edges([edge[:4] for edge in nodes.edges_in(gates)])
+    less = torch.cat([gates, torch.ones(3)])
+    less[[nodes.places["0.attn.attn_in"] + 3, nodes.places["0.attn.attn_k"]]] = 0
+    less[nodes.number + inside.edges.index(("0.attn.attn_in", 3, "0.attn.attn_k", 0))] = kept
+    assert count(inside, less)["edges"] == count(inside, less)["weights"] == len(inside.edges_in(less)) == 2
+    rest, plain = inside.others(less), 1 - less[:nodes.number]
+    assert count(inside, rest) == count(nodes, plain) and plain.sum() == nodes.number - 3
+    assert torch.equal(inside.judge(some_contexts(8), rest), nodes.judge(some_contexts(8), plain))
 
 
 @pytest.mark.parametrize("scale, shift", [(0.5, 1.0), (3.0, -2.0), (1.0, 0.0)])
@@ -626,6 +656,10 @@ def test_random_draws_have_as_many_nodes_at_every_site(known):
     drawn = asked.random_like(nodes, gates_of(nodes, KNOWN), torch.Generator().manual_seed(0))
     assert {n: len(c) for n, c in nodes.kept(drawn).items()} == {n: len(c) for n, c in KNOWN.items()}
     assert all(nodes.means[name][c] != 0 for name, channels in nodes.kept(drawn).items() for c in channels)
+    nodes.means["0.attn.attn_v"][torch.arange(8) != 5] = 0
+    for seed in range(3):
+        drawn = asked.random_like(nodes, gates_of(nodes, KNOWN), torch.Generator().manual_seed(seed))
+        assert nodes.kept(drawn)["0.attn.attn_v"] == [5]
 
 
 def test_a_faithful_circuit_agrees_with_the_whole_model(known):
@@ -651,9 +685,25 @@ def test_a_faithful_circuit_agrees_with_the_whole_model(known):
         {"right": np.mean((prefer_x[1] > 0) == is_x), "whole_right": np.mean((prefer_x[0] > 0) == is_x),
          "same_answer": np.mean((prefer_x[0] > 0) == (prefer_x[1] > 0)),
          "correlation": np.corrcoef(prefer_x)[0, 1]}, abs=1e-4)
+    always_x = asked.agreement(nodes, gates, contexts, (1.0, 100.0))
+    assert always_x["right"] == pytest.approx(is_x.mean())
+    assert always_x["same_answer"] == pytest.approx(np.mean(prefer_x[0] > 0)) != same["same_answer"]
     gates[nodes.split(torch.arange(nodes.number))["0.attn.attn_k"][0]] = 0
     head = asked.attention_kept(nodes, gates, contexts)["0.0"]
     assert head["whole"] > 0.9 and head["circuit"] < 0.3 and head["same"] < 0.4
+
+
+def test_a_share_of_the_other_nodes_is_given_back(known, monkeypatch):
+    """To the circuit, drawn anew each time."""
+    nodes, contexts, seen = nodes_of(known), some_contexts(4), []
+    judge, gates = nodes.judge, gates_of(nodes, KNOWN)
+    monkeypatch.setattr(nodes, "judge", lambda contexts, g: (seen.append(g), judge(contexts, g))[1])
+    given_back = asked.faithfulness(nodes, gates, contexts, 0)["given_back"]
+    tried = torch.stack(seen[:asked.DRAWS * len(asked.GIVEN_BACK)])
+    assert list(given_back) == [str(share) for share in asked.GIVEN_BACK] and (tried >= gates).all()
+    assert tried.sum(1).tolist() == asked.DRAWS * [
+        5 + int(share * (nodes.number - 5)) for share in asked.GIVEN_BACK]
+    assert len(tried.unique(dim=0)) == len(tried)
 
 
 def test_nodes_of_a_head_are_removed_one_by_one_and_together(known):
@@ -688,6 +738,8 @@ def test_the_rest_can_be_ablated_otherwise(known):
     assert [r["accuracy"] > 0.9 for r in found.values()] == [False, True, True, True]  # its query is outside
     nothing = asked.rest_otherwise(nodes, 0 * ones, contexts, text, (1.0, 0.0), 0)
     assert all(0.3 < r["accuracy"] < 0.7 for r in nothing.values())
+    assert nothing["as in another context of the task"] != (
+        nothing["from another context for each node and token"])
     moved = asked.rest_otherwise(nodes, 0 * ones, contexts, replace_idx(text, contexts.idx), (1.0, 0.0), 0)
     assert moved["as in any text"] != nothing["as in any text"]
 
@@ -729,11 +781,11 @@ def test_simple_rules_are_counted_on_the_text():
         def decode(self, ids):
             return "".join("ab'\")"[i] for i in ids)
 
-    contexts = Contexts(torch.tensor([[2, 2, 3, 0], [3, 0, 2, 1], [0, 1, 0, 0]]), torch.tensor([3, 3, 1]),
-                        torch.tensor([[2, 3], [3, 2], [2, 3]]))
+    contexts = Contexts(torch.tensor([[2, 2, 3, 0], [3, 0, 2, 1], [0, 1, 0, 0], [2, 3, 2, 3]]),
+                        torch.tensor([3, 3, 1, 2]), torch.tensor([[2, 3], [3, 2], [2, 3], [2, 3]]))
     found = asked.simple_rules(contexts, Letters())
-    assert found == {"is more frequent": (1 + 0.5 + 0.5) / 3, "came last": (0 + 0 + 0.5) / 3}
-    same = Contexts(contexts.idx, contexts.last, torch.tensor([[0, 0]] * 3))
+    assert found == {"is more frequent": (1 + 0.5 + 0.5 + 1) / 4, "came last": (0 + 0 + 0.5 + 1) / 4}
+    same = Contexts(contexts.idx, contexts.last, torch.tensor([[0, 0]] * 4))
     assert asked.simple_rules(same, Letters()) == {}
 
 
@@ -762,6 +814,76 @@ def test_a_heads_table_says_what_it_finds(known):
     assert rows["A"][1] > 0.8 and rows["A"][2][0] > 1 and rows["A"][3] > 1 > -1 > rows["B"][3]
     assert rows["A"][4] == int((contexts.idx == A).sum())
     assert found["distance"][0][0] == 2 and all(0 <= share <= 1 for _, share in found["distance"])
+
+
+def test_a_heads_table_is_counted_place_by_place(known):
+    """With two heads, of which each has its own values, and texts of two lengths."""
+    class Letters:
+        def decode_single_token_bytes(self, i):
+            return b"ABabEXYhijklmnop"[i:i + 1]
+
+    known.lm_head.weight[X, 1] = 0.5
+    nodes, contexts, seen, streams = nodes_of(known), asked.exchanged(some_contexts(40)), {}, []
+    contexts.last[::2] = 8
+    contexts.answers[1:] = contexts.answers[1:].flip(0)
+    gates = gates_of(nodes, KNOWN | {"0.attn.attn_v": [0, 4], "0.attn.attn_out": [1, 6]})
+    with hooks([(known.transformer.ln_f, streams.append)], before=True):
+        nodes.logits(contexts, gates, watch=seen.__setitem__)
+    rms = streams[0].square().mean(-1).sqrt().mean().item()
+    toward = known.lm_head.weight[X] - known.lm_head.weight[Y]
+    out = known.transformer.h[0].attn.c_proj.weight
+    found = asked.heads_of(nodes, gates, contexts, Letters())
+    assert {head: of["channels"] for head, of in found.items()} == {"0.0": [0], "0.2": [4]}
+    for head, c in ((0, 0), (2, 4)):
+        attention, at = nodes.attention(contexts, gates, 0)[:, head], {}
+        values = seen["0.attn.attn_v"][:, :, c]
+        unit = float(out[1, c] * toward[1] + out[6, c] * toward[6]) / rms
+        for row, last in enumerate(contexts.last.tolist()):
+            for t in range(last + 1):
+                at.setdefault("ABabEXYhijklmnop"[contexts.idx[row, t]], []).append(
+                    (last - t, attention[row, t].item(), values[row, t].item()))
+        first = max(at, key=lambda token: sum(share for _, share, _ in at[token]))
+        tokens = found[f"0.{head}"]["tokens"]
+        assert [sum(share for _, share, _ in at[token]) for token, *_ in tokens] == pytest.approx(sorted(
+            (sum(share for _, share, _ in places) for places in at.values()), reverse=True)[:asked.LISTED])
+        for token, share, (value,), adds, times in tokens:
+            _, shares, mine = zip(*at[token], strict=True)
+            assert (share, value, adds, times) == pytest.approx(
+                (np.mean(shares), np.mean(mine), np.mean(mine) * unit, len(mine)), abs=1e-4)
+        steps = {far: [share for back, share, _ in at[first] if near <= back < far]
+                 for near, far in itertools.pairwise((0, *asked.FARTHEST))}
+        assert dict(found[f"0.{head}"]["distance"]) == pytest.approx(
+            {far: np.mean(shares) for far, shares in steps.items() if shares}, abs=1e-4)
+
+
+def test_an_intervention_changes_a_gate(known):
+    """To 0 or to -1, in the whole model and in the circuit, where the fit goes with it; and the attention to
+    what is attended to most when nothing is done."""
+    nodes, contexts, fit = nodes_of(known), some_contexts(41), (0.5, 3.0)
+    gates, ones, sides = gates_of(nodes, KNOWN), torch.ones(nodes.number), contexts.sides()
+    untouched = nodes.attention(contexts, ones, 0)[:, 0]
+    for record in asked.interventions(nodes, gates, contexts, fit):
+        for (what, value), (where, before) in itertools.product(
+                (("removed", 0), ("reversed", -1)), (("whole", ones), ("circuit", gates))):
+            after = before.clone()
+            after[nodes.places[record["site"]]] = value  # channel 0 of either
+            logits = nodes.judge(contexts, after)
+            logits = search.apply_fit(logits, sides, *fit) if where == "circuit" else logits
+            assert record[f"{what}_in_{where}"] == asked.result(logits) | {"accuracy_of_each": [
+                asked.result(logits[sides == side])["accuracy"] for side in (1, -1)]}
+            if where == "whole" and record["site"].endswith("k"):
+                look, top = nodes.attention(contexts, after, 0)[:, 0], untouched.argmax(1, keepdim=True)
+                assert record[f"attention_{what}"] == look.gather(1, top).mean().item()
+
+
+def test_twins_end_alike_and_are_of_the_other_answer():
+    """And differ in three tokens at most; of several the one that differs least."""
+    text = torch.tensor([[1, 2, 3, 4, 5, 9]] * 6)
+    text[1, :3], text[2, :4], text[3, :2] = 7, 7, 8
+    last, right, wrong = torch.tensor([5, 5, 5, 5, 4, 5]), [5, 6], [6, 5]
+    contexts = Contexts(text, last, torch.tensor([right, wrong, wrong, wrong, wrong, right]))
+    rows, others = asked.twins(contexts)
+    assert list(zip(rows.tolist(), others.tolist(), strict=True)) == [(0, 3), (1, 0), (3, 0), (5, 3)]
 
 
 def test_nonsense_is_consistent(known):
@@ -826,6 +948,10 @@ def test_searches_with_something_destroyed(known, monkeypatch):
     failed = runs[0] | {"lowest_loss": 0.4, "gates": large}
     runs[:] = [failed, runs[0]]
     assert asked.search_again("", nodes, sets, 0.15, search.Search(), trials)["lowest_loss"] == 0.3
+    runs[:] = [failed | {"nodes": 5, "gates": small}]
+    again = asked.search_again("", nodes, sets, 0.15, search.Search(), trials)["loss"]
+    assert again == asked.fitted(nodes, small, *sets[1:])["loss"] != asked.fitted(
+        nodes, small, sets[2], sets[2])["loss"]
 
 
 def test_controls_are_of_the_circuit_with_its_fit(known):
@@ -862,6 +988,7 @@ def test_weights_of_the_embedding_are_counted_one_by_one():
                         torch.tensor([[5, 6]] * 2))
     kept = {"0.attn.attn_in": [0, 2], "0.mlp.mlp_in": [2, 3], "0.attn.attn_out": [1, 4, 5]}
     wte, head = model.transformer.wte.weight, model.lm_head.weight
+    wte[4] = 1  # which only ends a text
     assert asked.embedding_weights(nodes, gates_of(nodes, kept), contexts) == {
         "embedding_of_tokens": sum(wte[t, c].item() != 0 for t in (1, 2, 3, 4) for c in (0, 2, 3)),
         "unembedding_of_answers": sum(head[t, c].item() != 0 for t in (5, 6) for c in (1, 4, 5))}
@@ -941,6 +1068,7 @@ def test_what_is_drawn_of_a_node_is_counted_token_by_token(known):
 
     nodes, contexts = nodes_of(known), some_contexts(40)
     contexts.idx[0, 1] = 15  # once: too rare for a mean
+    known.transformer.wte.weight[15, 3] = 1
     gates, scale = gates_of(nodes, KNOWN), 0.5
     found = picture.describe(nodes, gates, contexts, Letters(), (scale, 1.0))
     seen = {}

@@ -220,4 +220,5 @@ def test_inputs_beyond_are_made_of_what_the_task_names(tmp_path):
     learning, choosing, judging = made.three_sets(prompted)
     assert [{text[1] for text in part.idx.tolist()} for part in (learning, choosing, judging)] == [
         {ord("x")}, {ord("x")}, {ord("y")}]
+    assert [int(part.sides().sum()) for part in (learning, choosing, judging)] == [0, 0, 0]
     assert list(made.beyond(prompted, judging, unseen)[0]) == ["random order", "ordinary text"]
