@@ -20,7 +20,7 @@ import kernels
 from checkpoints import start_circuit, write_atomically
 from circuits import controls as asked
 from circuits import page as page_of
-from circuits import picture, search
+from circuits import picture, report, search
 from circuits.loaded import load
 from circuits.nodes import count
 from circuits.tasks import FEWEST, Source, contexts_record, joined_otherwise, prompts_record, read_task
@@ -159,10 +159,11 @@ def main():
     circuit = chosen, inside, gates, path = search.smallest(nodes, runs, choosing, target, fit)
     results, fitted, stopped = results_of(loaded, contexts, nodes, runs, circuit, how, target)
     pair = spec.get("pair") or judging.answers[0].sort().values.tolist()
-    table, warned = asked.table_of(results), list(asked.warnings_of(nodes, runs, chosen, gates, judging))
+    table, warned = report.table_of(results), list(asked.warnings_of(nodes, runs, chosen, gates, judging))
     warned += ["stopped by Ctrl-C: the controls that are not in the table were not made"] * stopped
-    asked.print_table(table, f"{len(judging)} {'contexts of val' if 'pair' in spec else 'held-out prompts'}")
-    asked.print_rest(results)
+    kind = "contexts of val" if "pair" in spec else "held-out prompts"
+    report.print_table(table, f"{len(judging)} {kind}")
+    report.print_rest(results)
     print("".join(f"warning: {line}\n" for line in warned), end="")
     record = identity | {
         "task": name, "answers": [loaded.tokenizer.decode([i]) for i in pair], "answer_ids": pair,
@@ -173,7 +174,7 @@ def main():
         "fit": fit, "scale": fitted[0], "shift": fitted[1], "whole_train_loss": whole, "curve": path,
         "runs": [{key: value for key, value in run.items() if key != "gates"} for run in runs],
         **search.costs_of(inside, gates, choosing, path[-1][2], fit), "results": results, "table": table,
-        "caveats": asked.CAVEATS.replace("\n", " "), "warnings": warned, "hard": prompts_record(hard),
+        "caveats": report.CAVEATS.replace("\n", " "), "warnings": warned, "hard": prompts_record(hard),
         "contexts": contexts_record(judging, spec.get("pair")), "settings": settings_of(globals()),
         "picture": picture.describe(inside, gates, judging, loaded.tokenizer, fitted),
         "seconds": time.perf_counter() - begun, "format": 2}

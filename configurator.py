@@ -21,6 +21,7 @@ from fractions import Fraction
 from types import ModuleType
 
 TYPES = (bool, int, float, str)  # of settings
+is_script = False  # whether a script runs, as `configure` notes: else someone's own Python has imported this
 # those, in any script, that may be a path: ~ is the home folder there
 PATHS = {"out_dir", "init_from", "data_dir", "dataset", "tokenizer", "task", "circuit", "beside", "image",
          "checkpoint"}
@@ -29,29 +30,37 @@ PATHS = {"out_dir", "init_from", "data_dir", "dataset", "tokenizer", "task", "ci
 # how a script ends
 
 
+def error_line(message):
+    """An error as one line, whatever is in the message."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda c: ascii(c[0])[1:-1], f"error: {message}")
+
+
 def complain(message):
-    """Print an error: one line on stderr whatever is in the message, under torchrun one per node."""
+    """Print an error: one line on stderr, under torchrun one per node."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda c: ascii(c[0])[1:-1], f"error: {message}")
         with suppress(OSError):
-            print(line, file=sys.stderr, flush=True)
+            print(error_line(message), file=sys.stderr, flush=True)
 
 
 class UserError(SystemExit):
     """What `fail` raises: an error that a user can mend, its text the sentence that says how.
 
-    It is a SystemExit so that every script ends with status 2 and no traceback, wherever it is raised. A
-    notebook does not end by it, but shows the sentence; `except UserError as e` has it in str(e).
+    It is a SystemExit so that every script ends with status 2 and no traceback, wherever it is raised. Its
+    sentence is str(e), for `except UserError as e`; `except Exception` does not catch it. A notebook shows
+    the sentence and goes on. A Python program of one's own that does not catch it ends with the line of
+    `complain`, which Python prints itself, as the code is that line.
     """
 
     def __init__(self, message):
         super().__init__(str(message))
-        self.code = 2
+        self.code = 2 if is_script else error_line(message)
 
 
 def fail(message):
-    """End the script as user errors do: one line on stderr, exit status 2."""
-    complain(message)
+    """End the script as user errors do: one line on stderr, exit status 2. If no script runs, whoever
+    catches the UserError has the sentence, and nothing is printed here."""
+    if is_script:
+        complain(message)
     raise UserError(message)
 
 
@@ -113,11 +122,15 @@ def ends_explained(out_of_memory="take a smaller model, or more memory"):
 
 def check_versions():
     """End the script on a Python or PyTorch from before those that this was tried with."""
-    torch = sys.modules.get("torch")  # prepare.py has no need of it
+    torch, problem = sys.modules.get("torch"), ""  # prepare.py has no need of it
     if sys.version_info < (3, 11):  # noqa: UP036  this line is for those who have an older one
-        fail(f"this is Python {'.'.join(map(str, sys.version_info[:2]))}: 3.11 or later is needed")
-    if torch and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
-        fail(f"this is PyTorch {torch.__version__}, 2.6 or later is needed: pip install -r requirements.txt")
+        problem = f"this is Python {'.'.join(map(str, sys.version_info[:2]))}: 3.11 or later is needed"
+    elif torch and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        problem = (f"this is PyTorch {torch.__version__}, 2.6 or later is needed: pip install -r "
+                   "requirements.txt")
+    if problem:  # before it is known whether a script runs
+        complain(problem)
+        raise SystemExit(2)
 
 
 def one_line(error):
@@ -164,6 +177,8 @@ def configure(settings, argv=None):
     Returns the set of names that were set. Ends the script with one line (see `fail`) on an unknown key, a
     wrong type, an unreadable file or an argument that is neither a file nor `--key=value`.
     """
+    global is_script
+    is_script = True
     if sys.stdout is None:  # as after >&-
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  for as long as the script runs
     if argv is None and hasattr(sys.stdout, "reconfigure"):  # not so in a notebook

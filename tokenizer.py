@@ -94,12 +94,20 @@ def token_bytes(encoding, token):
         return "\ufffd".encode()
 
 
+def one_token(tokenizer, text):
+    """The id of a text that is one token; ValueError, with the pieces, if it is more, or none."""
+    ids = tokenizer.encode(text, disallowed_special=())
+    if len(ids) != 1:
+        pieces = [tokenizer.decode([i]) for i in ids]
+        raise ValueError(f"{text!r} is {len(ids)} tokens of this model's tokenizer, {pieces}, not one")
+    return ids[0]
+
+
 def spell(encoding, token):
-    """A token on one line: ⏎ is a newline, ␍ a carriage return, ⇥ a tab, ␣ a space where there is nothing
-    else; what cannot be printed is escaped."""
-    text = token_bytes(encoding, token).decode(errors="replace")
-    text = text.replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥")
+    """A token on one line: ⏎ is a newline, ⇥ a tab, ␣ a space where there is nothing else; what cannot be
+    printed is escaped."""
+    text = token_bytes(encoding, token).decode(errors="replace").replace("\n", "⏎").replace("\t", "⇥")
     spaces = text.count(" ")
-    if text.strip(" ⏎␍"):
+    if text.strip(" ⏎"):
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text.replace(" ", "␣") if spaces < 4 else text.replace(" ", "") + f"␣×{spaces}"

@@ -18,7 +18,7 @@ from circuits.controls import baselines
 from circuits.loaded import load
 from circuits.search import loss_at
 from circuits.tasks import FEWEST, TARGET, Source, read_task
-from configurator import check_rules, configure, ends_explained
+from configurator import check_rules, configure, ends_explained, fail
 from tokenizer import spell
 
 out_dir = "out"  # of the training run; or the folder of a released model
@@ -174,13 +174,16 @@ def print_pairs(loaded, nodes):
 
 
 def print_tasks(loaded, nodes):
-    """A line for each of the tasks given: its losses, and whether the model reaches its target."""
-    for name in filter(None, (part.strip() for part in task.split(","))):
+    """A line for each of the tasks given: its losses, and whether the model reaches its target. Ends the
+    script, after the last of them, if one cannot be asked."""
+    names, wrong = list(filter(None, (part.strip() for part in task.split(",")))), 0
+    for name in names:
         try:
             spec = read_task(name, loaded.tokenizer)
             row, _ = measured(loaded, nodes, spec)
         except ValueError as e:
             print(f"{name:26} cannot be asked: {e}", flush=True)
+            wrong += 1
             continue
         target = spec["target_loss"]
         able = (f"yes, at its target of {target:g}" if row["train"] <= target else
@@ -188,6 +191,8 @@ def print_tasks(loaded, nodes):
         if row["train"] <= target and min(row["last token"], row["bigram table"]) <= target:
             able += ", but so does the token before it alone"
         print(f"{line_of(spec['name'], row)}   {able}", flush=True)
+    if wrong:
+        fail(f"{wrong} of {len(names)} tasks cannot be asked: the table says why")
 
 
 @ends_explained()

@@ -6,7 +6,7 @@
     with run.frozen({"0.attn.attn_k": [97]}):    # at its mean over train
         without, _ = run.read("print('hello")
 
-What cannot be opened ends as in the scripts (`configurator.UserError`, one sentence); what is asked of a
+What cannot be opened is a `configurator.UserError`, one sentence, as in the scripts; what is asked of a
 model and makes no sense is a ValueError. Nothing here needs torch.no_grad: the weights have no gradients.
 """
 import functools
@@ -21,11 +21,12 @@ import numpy as np
 import tiktoken
 import torch
 
+import configurator
 import runs
 from checkpoints import opened_beside
 from circuits.nodes import Nodes, hooks, matrices, means_over, node_sites
 from model import GPT
-from tokenizer import load_tokenizer, spell, tokenizer_in
+from tokenizer import load_tokenizer, one_token, spell, tokenizer_in
 
 WINDOWS = 1024  # of train, for the means; of val, where a node is looked for
 KINDS = ("mean", "read")  # of what `means_over` returns, in its order
@@ -68,10 +69,27 @@ class Loaded:
         """The token ids of a text, a list that begins with <|endoftext|>, as in the tasks of templates."""
         return [self.tokenizer.eot_token, *self.tokenizer.encode(text, disallowed_special=())]
 
+    def decode(self, ids):
+        """The text of token ids, or of one."""
+        try:
+            return self.tokenizer.decode(integers(ids, "token ids"))
+        except (KeyError, OverflowError) as e:
+            raise ValueError(f"the tokenizer has no such token: {e}") from None
+
+    def token(self, text):
+        """The id of a text that is one token; ValueError, with the pieces, if it is more, or none."""
+        return one_token(self.tokenizer, text)
+
     def batch(self, ids):
-        """Token ids, or a text, as the model reads them: (1, T) on its device."""
-        ids = self.encode(ids) if isinstance(ids, str) else ids
-        return torch.as_tensor(ids, dtype=torch.long, device=self.process.device).view(1, -1)
+        """Token ids, or a text, as the model reads them: (1, T) on its device. ValueError if there is none,
+        or one that the model does not have."""
+        ids = self.encode(ids) if isinstance(ids, str) else integers(ids, "token ids")
+        if not ids:
+            raise ValueError("there are no token ids: give one or more, or a text")
+        size = self.model.config.vocab_size
+        if wrong := [i for i in ids if not 0 <= i < size]:
+            raise ValueError(f"the model has the tokens 0 to {size - 1}, not {wrong[0]}")
+        return torch.tensor([ids], device=self.process.device)
 
     # ---- nodes
 
@@ -81,6 +99,8 @@ class Loaded:
 
     def evenly_spaced(self, split, windows):
         """So many windows of train or val: their starts (windows), and their tokens (windows, T)."""
+        if split not in ("train", "val"):
+            raise ValueError(f"split must be 'train' or 'val', not {split!r}")
         tokens, T = getattr(self.data, split), self.model.config.block_size
         starts = np.linspace(0, len(tokens) - T - 1, windows).astype(int)
         return starts, runs.windows(tokens, starts, T, self.process)[0]
@@ -144,18 +164,36 @@ class Loaded:
             logits, _ = self.model(self.batch(ids))
         return logits[0], nodes
 
+    def attribution(self, ids, first, second):
+        """How much each node makes a token likelier than another after a text or ids: site -> (channels).
+
+        `first` and `second` are ids. It is an estimate of first order of how much their logits' difference
+        is larger than with the node at its mean over train: the gradient times the node's difference from
+        the mean, summed over the tokens. `frozen` tells what it really is.
+        """
+        with torch.enable_grad():
+            logits, nodes = self.read(ids, gradients=True)
+            [a, b] = self.batch([first, second])[0]
+            gradients = torch.autograd.grad(logits[-1, a] - logits[-1, b], list(nodes.values()))
+        return {site: ((x.detach() - self.means[site]) * g).sum(0)
+                for (site, x), g in zip(nodes.items(), gradients, strict=True)}
+
     @contextmanager
     def frozen(self, nodes=None, at="mean", edges=()):
-        """Meanwhile these nodes, site -> list of channels, are what `at` says, at all tokens.
+        """Meanwhile these nodes, site -> one channel or a list, are what `at` says, at all tokens.
 
         "mean": their means over train. "reversed": as far on the other side of these. Else a number, or a
-        tensor that broadcasts to (T, channels). Of `edges`, lists of (site read, channel, site written,
-        channel), what is written gets the mean of what is read, or zero if `at` is 0, in place of the value.
+        tensor that broadcasts to (T, channels). Of `edges`, each of (site read, channel, site written,
+        channel), with the weight or without, what is written gets the mean of what is read, or zero if `at`
+        is 0, in place of the value.
         Gradients flow: to `at`, to all nodes that are not frozen and, through reversed ones, to what they
         read.
         """
+        if nodes is not None and not hasattr(nodes, "items"):
+            raise ValueError(f"nodes must be a dict, site -> channels, not {configurator.shown(nodes)}")
         with ExitStack() as stack:
             for site, channels in (nodes or {}).items():
+                channels = integers(channels, f"channels of {site}")
                 self.check_nodes(site, *channels)
                 freeze = self.freezer(site, channels, at)
                 stack.enter_context(hooks([(node_sites(self.model)[site], freeze)]))
@@ -168,19 +206,30 @@ class Loaded:
         index = torch.as_tensor(channels, dtype=torch.long, device=self.process.device)
         mean = self.means[site][index]
         how = at if isinstance(at, str) else "value"
+        try:
+            given = torch.as_tensor(at, device=index.device) if how == "value" else mean
+        except (TypeError, ValueError, RuntimeError):
+            how = "nothing"
         if how not in ("mean", "reversed", "value"):
             raise ValueError(f"a node can be frozen at 'mean', 'reversed' or a number, not at {at!r}")
+        if given.dim() > 2 or given.shape[-1:] not in ((), (1,), index.shape):
+            raise ValueError(f"at has the shape {tuple(given.shape)}, which does not broadcast to (T, "
+                             f"{len(index)}), tokens and channels of {site}")
 
         def freeze(x):
-            value = mean if how == "mean" else 2 * mean - x[..., index] if how == "reversed" else at
-            value = torch.as_tensor(value, device=x.device).to(x.dtype)
-            return x.index_copy(-1, index, value.expand(*x.shape[:-1], len(index)))
+            if given.dim() == 2 and len(given) not in (1, x.size(-2)):
+                raise ValueError(f"at is for {len(given)} tokens, and {x.size(-2)} are read")
+            value = 2 * mean - x[..., index] if how == "reversed" else given
+            return x.index_copy(-1, index, value.to(x.dtype).expand(*x.shape[:-1], len(index)))
         return freeze
 
     def without_edges(self, edges, at):
         """Hooks that remove edges, as `frozen` says."""
-        if at != "mean" and at != 0:
+        if isinstance(at, torch.Tensor) or at not in ("mean", 0):
             raise ValueError(f"an edge can be frozen at 'mean' or 0, not at {at!r}")
+        if wrong := [edge for edge in edges if type(edge) not in (tuple, list) or len(edge) not in (4, 5)]:
+            raise ValueError(f"an edge is (site read, channel, site written, channel), not {wrong[0]!r}")
+        edges = [tuple(edge[:4]) for edge in edges]
         weights = {(read, written): weight for read, written, weight, _ in matrices(self.model)}
         for a, i, b, o in edges:
             self.check_nodes(a, i)
@@ -257,6 +306,14 @@ class Loaded:
                        if i < self.tokenizer.n_vocab), key=lambda pair: -pair[1])
 
 
+def integers(values, what):
+    """One integer or several, of a list, an array or a tensor, as a list; ValueError if they are none."""
+    found = np.asarray(values.tolist() if isinstance(values, torch.Tensor) else values)
+    if found.size and not np.issubdtype(found.dtype, np.integer) or found.shape[:-1] not in ((), (1,)):
+        raise ValueError(f"{what} must be an integer or a list of them, not {configurator.shown(values)}")
+    return found.flatten().tolist()
+
+
 def digest_of(model):
     """The sha256 of what a model computes with: its configuration and its weights."""
     digest = hashlib.sha256(json.dumps(vars(model.config), sort_keys=True).encode())
@@ -272,8 +329,12 @@ def load(out_dir, checkpoint="ckpt.pt", device="auto", dataset=""):
     tokenizer: a folder of data/ here or in the repository. Raises UserError if one is missing or does not
     fit.
     """
-    process = runs.this_process(device, "float32")
-    saved, model, data = runs.load_run(os.path.expanduser(out_dir), checkpoint, dataset)
+    process, out_dir = runs.this_process(device, "float32"), os.path.expanduser(out_dir)
+    places = [os.path.join(out_dir, name) for name in (checkpoint, "beeg_config.json")]
+    if not (configurator.is_script or os.path.isfile(out_dir) or any(map(os.path.exists, places))):
+        configurator.fail(f"no checkpoint at {places[0]}: give the folder of a run, a checkpoint, or a "
+                          "released model's folder")
+    saved, model, data = runs.load_run(out_dir, checkpoint, dataset)
     path, dataset = saved["path"], dataset or saved["settings"]["dataset"]
     sha256 = hashlib.sha256()
     for name in [path] + [os.path.join(os.path.dirname(path), "beeg_config.json")] * (saved["step"] is None):

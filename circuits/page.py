@@ -2,8 +2,9 @@
 
     python -m circuits.page --circuit=out/quickstart/circuits/quotes/circuit.json       # writes it again
 
-circuit.py calls `write`. What is costly is computed here, the values of nodes on ordinary text and what each
-token is to a head; the rest, the forward pass included, is in page.html, which is a template.
+circuit.py calls `write`. What is costly is computed here: the values of nodes on ordinary text, what each
+token is to a head, what freezing a node does. The rest is in page.html, a template, and in model.js: the
+forward pass and the tokenizer.
 """
 import base64
 import gzip
@@ -17,26 +18,31 @@ import numpy as np
 import torch
 
 from checkpoints import write_atomically
+from circuits.controls import result
 from circuits.loaded import load
-from circuits.nodes import hooks, node_sites, weights_between
+from circuits.nodes import Contexts, hooks, node_sites, weights_between
+from circuits.report import HEADINGS
 from circuits.saved import circuit_of, record_at
+from circuits.search import apply_fit
 from configurator import configure, ends_explained, fail
 
 circuit = ""  # the path of a circuit.json
 page = ""  # where to write the page; '': circuit.html, beside it
 
-TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.html")
+HERE = os.path.dirname(os.path.abspath(__file__))
+TEMPLATE, MODEL = os.path.join(HERE, "page.html"), os.path.join(HERE, "model.js")
 LIVE = 3_000_000  # a model of more nonzero weights is not put into the page
-BIGRAMS = 4096  # nor is the bigram table of a larger vocabulary
-STEP = 0.4  # to which the bigram table is rounded, in nats, except for the answers
 TOKENS = 32_768  # of ordinary text, for the values of the nodes
 MOST_CONTEXTS = 1024  # of the task
 QUANTILES = (1.0, 0.999, 0.99, 0.9, 0.5, 0.1, 0.01, 0.001, 0.0)
 EACH = 5  # contexts of a quantile
 BINS = 40
+FROZEN = 2**20  # tokens that may be read to see what freezing one node does
+FEW = 32  # contexts, at least, for that
+TO_FREEZE = ("attn_k", "attn_v", "attn_q", "mlp_neuron", "attn_out", "mlp_out", "attn_in", "mlp_in")
 SHOWN = ("task", "target_loss", "fit", "ablation", "answers", "answer_ids", "nodes", "edges", "scale",
-         "shift", "hard", "curve", "runs", "whole_train_loss", "edge_costs", "node_costs", "table",
-         "caveats", "warnings")  # of the record
+         "shift", "hard", "curve", "runs", "whole_train_loss", "edge_costs", "node_costs", "caveats",
+         "warnings")  # of the record
 
 # ----------------------------------------------------------------------------------------------------------
 # arrays: all in one gzip, in base64
@@ -80,15 +86,11 @@ def parameters_of(model, live, kept, arrays):
 
 
 def bigrams_of(model, answers, arrays):
-    """The bigram table: exact in the columns of the answers, else rounded, or left out if it is large."""
+    """The bigram table, in the columns of the answers, or None."""
     if not model.config.use_bigram_table:
         return None
     table = model.bigram_table.detach().cpu()
-    exact = {"answers": answers, "exact": arrays.add(table[:, answers].T.numpy(), "float32")}
-    if len(table) > BIGRAMS:
-        return exact
-    rounded = (table / STEP).round().clamp(-127, 127)
-    return exact | {"step": STEP, "rounded": arrays.add(rounded.numpy(), "int8")}
+    return {"answers": answers, "exact": arrays.add(table[:, answers].T.numpy(), "float32")}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -182,6 +184,72 @@ def describe_nodes(model, record, data, contexts, arrays):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# what freezing does
+
+
+def as_contexts(contexts):
+    """Contexts, from the lists of `contexts_of`."""
+    longest = max(len(ids) for ids, _ in contexts)
+    return Contexts(torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in contexts]),
+                    torch.tensor([len(ids) - 1 for ids, _ in contexts]),
+                    torch.tensor([list(answers) for _, answers in contexts]))
+
+
+def freeze(nodes, gates, contexts, record):
+    """What freezing does to the circuit, with its fit, and to the whole model, on `n` contexts: a dict.
+
+    "before": results of both; "alone": 'site.channel' -> results of both with this node frozen, of as many
+    of the nodes that cost most as FROZEN allows; "none": in what share of the contexts the circuit chooses
+    the first answer with all its nodes frozen; "opening": what `opening` returns.
+    """
+    costs, T = record["node_costs"], contexts.idx.size(1)
+    names = sorted(costs, key=lambda name: -costs[name])[:max(1, FROZEN // (2 * FEW * T))]
+    few = contexts[torch.arange(min(len(contexts), max(FEW, FROZEN // (2 * len(names) * T))))]
+    whole, fit = torch.ones_like(gates), (record["scale"], record["shift"])
+
+    def inside(gates):
+        logits = nodes.judge(few, gates)
+        return apply_fit(logits, few.sides(), *fit) if record["fit"] else logits
+
+    def without(gates, name):
+        site, channel = name.rsplit(".", 1)
+        less = gates.clone()
+        less[nodes.places[site] + int(channel)] = 1e-9  # at 0 its edges that were removed would be there
+        return less
+
+    def results(pair):
+        return [{key: round(result(x)[key], 4) for key in ("loss", "accuracy")} for x in pair]
+
+    before, none = (inside(gates), nodes.judge(few, whole)), inside(0 * gates)
+    alone = {name: (inside(without(gates, name)), nodes.judge(few, without(whole, name))) for name in names}
+    first, second = record["answer_ids"]
+    chosen = (none[:, 0] - none[:, 1]) * few.sides() * (1 if first < second else -1) > 0
+    return {"n": len(few), "before": results(before), "none": chosen.float().mean().item(),
+            "alone": {name: results(pair) for name, pair in alone.items()},
+            "opening": opening(before, none, alone)}
+
+
+def opening(before, none, alone):
+    """A context to begin with, a node to freeze there, and "shares" of the right answer before and after, in
+    circuit and whole model: a dict; of logits (n, 2), the right answer's first, as `freeze` has them.
+
+    Both have the context right, the circuit wrong with all its nodes frozen, and the node turns it, a key or
+    a value rather than others; as far as there are such.
+    """
+    margin = {name: pair[0][:, 0] - pair[0][:, 1] for name, pair in alone.items()}
+    inside, whole = (logits[:, 0] - logits[:, 1] for logits in before)
+    lowest = torch.stack(list(margin.values())).amin(0)
+    moved = torch.minimum(inside, -lowest)  # how clearly it is right before, and wrong after
+    best = (inside > 0) & (whole > 0) & (none[:, 0] < none[:, 1])
+    row = int((moved - 1e6 * ~best).argmax())
+    turning = [name for name in alone if margin[name][row] < min(0, lowest[row] / 2)]
+    node = (min(turning, key=lambda name: (TO_FREEZE.index(name.split(".")[2]), margin[name][row]))
+            if turning else min(alone, key=lambda name: margin[name][row]))
+    return {"context": row, "node": node, "shares": [
+        [x[row].softmax(0)[0].item() for x in pair] for pair in zip(before, alone[node], strict=True)]}
+
+
+# ----------------------------------------------------------------------------------------------------------
 # what a token is to the heads of the first block
 
 
@@ -246,7 +314,9 @@ def content(record, model, data, arrays):
     padded = np.array([ids + [0] * (longest - len(ids)) for ids, _ in contexts])
     return {
         "record": {key: record[key] for key in SHOWN},
-        "results": {name: record["results"][name] for name in ("circuit", "circuit_fitted", "whole")},
+        "results": {name: record["results"][name] for name in (*HEADINGS, "heads", "otherwise", "exchanges")
+                    if name in record["results"]},
+        "freeze": freeze(nodes, gates, as_contexts(contexts), record),
         "config": asdict(model.config), "tokenizer": json.loads(data.tokenizer),
         "live": live, "nonzeros": number, "most": LIVE,
         "parameters": parameters_of(model, live, record["nodes"], arrays),
@@ -274,8 +344,8 @@ def write(record, model, data, path):
     """
     arrays = Arrays()
     found = json.dumps(content(record, model, data, arrays), separators=(",", ":"), allow_nan=False)
-    with open(TEMPLATE, encoding="utf-8") as f:
-        template = f.read()
+    with open(TEMPLATE, encoding="utf-8") as f, open(MODEL, encoding="utf-8") as g:
+        template = f.read().replace("__MODEL__", f"\n{g.read()}")
     parts = {
         "POLICY": "default-src 'none'; base-uri 'none'; form-action 'none'; "
                   f"script-src {digests(template, 'script')}; style-src {digests(template, 'style')}",

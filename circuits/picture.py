@@ -240,7 +240,7 @@ def heads_table(heads, answers):
     """What each head finds, of controls.heads_of, as text: a line for a token. What it adds to the first
     answer is less what it adds to the other."""
     head = f"adds to {answers[0]}"
-    lines = [f"{'what the last token finds':28}attention{head:>18}  values"] if heads else []
+    lines = [f"{'what the last token finds':28}attention {head:>17}  values"] if heads else []
     for head, found in list(heads.items())[:HEADS]:
         channels = "".join(f"{c:>7}" for c in found["channels"][:VALUES])
         lines.append(f"by head {head}".ljust(56) + channels)

@@ -2,7 +2,7 @@
 
     from circuits import load_circuit
     c = load_circuit("out/quickstart/circuits/quotes/circuit.json")
-    c.choice("print('hello")                            # its two answers and what it gives them
+    c.choice("print('hello", fitted=True)               # its two answers and what it gives them
     c.without().logits("print('hello")                  # the model without the circuit
     c.minus_edge("0.attn.attn_in", 3, "0.attn.attn_k", 97).result()["loss"]
 """
@@ -30,6 +30,7 @@ class Circuit:
     record: dict  # all of circuit.json
     nodes: Nodes
     gates: torch.Tensor
+    is_rest: bool = False  # as `without` returns it
 
     def __repr__(self):
         return (f"<circuit of {self.record['task']}: {sum(map(len, self.kept.values()))} nodes, "
@@ -51,13 +52,19 @@ class Circuit:
         last = torch.tensor([idx.size(1) - 1], device=idx.device)
         return self.nodes.next_logits(Contexts(idx, last, idx[:, :0]), self.gates)[0]
 
-    def choice(self, ids):
-        """{answer: probability} after a text or ids, of the two answers, the logits fitted as when it was
-        found."""
+    def scale_and_shift(self, fitted):
+        """Scale and shift of the margin of two logits: of the circuit's fit, or (1, 0). ValueError if the
+        fit is to be that of the rest of the model, which has none."""
+        if fitted and self.is_rest:
+            raise ValueError("the fit is of the circuit, not of the rest of the model")
+        return (self.record["scale"], self.record["shift"]) if fitted else (1.0, 0.0)
+
+    def choice(self, ids, fitted=False):
+        """{answer: probability} after a text or ids, of the two answers alone; `fitted`: with the scale and
+        the shift of its logits that were fitted when it was found."""
         low, high = sorted(self.record["answer_ids"])
-        logits = self.logits(ids)
-        margin = self.record["scale"] * (logits[low] - logits[high]) + self.record["shift"]
-        p = torch.sigmoid(margin).item()
+        (scale, shift), logits = self.scale_and_shift(fitted), self.logits(ids)
+        p = torch.sigmoid(scale * (logits[low] - logits[high]) + shift).item()
         return {self.run.tokenizer.decode([low]): p, self.run.tokenizer.decode([high]): 1 - p}
 
     def contexts(self):
@@ -79,12 +86,10 @@ class Circuit:
         return Contexts(*(t.to(device) for t in (idx, last, torch.tensor(answers))), positions)
 
     def result(self, contexts=None, fitted=False):
-        """Its loss and accuracy, a dict, on Contexts; by default on those that it was judged by."""
-        contexts = contexts or self.contexts()
-        logits = self.nodes.judge(contexts, self.gates)
-        if fitted:
-            logits = apply_fit(logits, contexts.sides(), self.record["scale"], self.record["shift"])
-        return result(logits)
+        """Its loss and accuracy, a dict, on Contexts; by default on those that it was judged by. `fitted`
+        as in `choice`."""
+        fit, contexts = self.scale_and_shift(fitted), contexts or self.contexts()
+        return result(apply_fit(self.nodes.judge(contexts, self.gates), contexts.sides(), *fit))
 
     def minus(self, site, channel):
         """The circuit without one of its nodes."""
@@ -92,8 +97,9 @@ class Circuit:
             raise ValueError(f"{site} {channel} is no node of the circuit: see its `kept`")
         return self.less(self.nodes.places[site] + channel)
 
-    def minus_edge(self, read, i, written, o):
-        """The circuit without one of its edges, from channel i of one site to channel o of another."""
+    def minus_edge(self, read, i, written, o, weight=None):
+        """The circuit without one of its edges, from channel i of one site to channel o of another. The
+        weight, which an entry of `edges` has too, is ignored."""
         edge = (read, i, written, o)
         if edge not in [there[:4] for there in self.edges]:
             raise ValueError(f"there is no edge from {read} {i} to {written} {o} in it: see its `edges`")
@@ -106,7 +112,7 @@ class Circuit:
 
     def without(self):
         """The model without the circuit: its nodes ablated, all others and all edges as they are."""
-        return replace(self, gates=self.nodes.others(self.gates))
+        return replace(self, gates=self.nodes.others(self.gates), is_rest=True)
 
 
 @contextmanager
@@ -119,7 +125,9 @@ def record_at(path):
             raise ValueError(f"its format is {record['format']}, not {FORMAT}")
         yield record
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        fail(f"cannot use circuit={path!r} ({one_line(e)}): give a circuit.json of circuit.py")
+        reason = (e.strerror if isinstance(e, OSError) and e.strerror else f"it lacks {e}"
+                  if type(e) is KeyError else e if type(e) is ValueError else one_line(e))
+        fail(f"cannot use circuit={path!r} ({reason}): give a circuit.json of circuit.py")
 
 
 def circuit_of(record, model):
@@ -142,7 +150,7 @@ def load_circuit(path, run=None, device="auto"):
 
     Raises UserError if the file is none, or is of another model, or the model cannot be opened.
     """
-    path = os.fspath(path)
+    path = os.path.expanduser(os.fspath(path))
     with record_at(path) as record:
         if run is None:
             out_dir = os.path.normpath(os.path.join(os.path.dirname(path), "..", ".."))

@@ -6,6 +6,7 @@ other answer], ...], "held_out": [...]} has contexts of its own. Both may have a
 list other tasks whose contexts a circuit meets "beyond" its own; {"families": {name: prompts}} is such a
 list of hard inputs, by kind.
 """
+import difflib
 import hashlib
 import os
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from circuits.loaded import Loaded
 from circuits.nodes import Contexts
 from configurator import one_line, read_json
 from runs import windows
+from tokenizer import one_token
 
 TARGET = 0.15  # the paper's
 FEWEST = 16  # contexts that a set must have
@@ -48,12 +50,27 @@ def read_task(name, tokenizer, beside="."):
         spec = with_ids(spec, tokenizer) | {
             "target_loss": float(spec.get("target_loss", TARGET)), "path": path,
             "name": os.path.splitext(os.path.basename(path))[0], "sha256": sha256}
+    except FileNotFoundError as e:
+        raise ValueError(not_found(name, beside)) from e
     except OSError as e:
-        raise ValueError(f"no task {path} ({e.strerror}): name a file of {FOLDER}, or give a path") from e
+        raise ValueError(f"cannot read the task {path} ({e.strerror}): choose another") from e
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise ValueError(f'{path} is no task ({one_line(e)}): it needs {{"answers": [text, text]}}, or '
+        reason = e if type(e) is ValueError else one_line(e)
+        raise ValueError(f'{path} is no task ({reason}): it needs {{"answers": [text, text]}}, or '
                          '{"prompts": [[prompt, answer, other answer], ...], "held_out": [...]}') from e
     return spec
+
+
+def not_found(name, beside):
+    """That there is no such task, with the closest name in tasks/ or, of a path, where it was looked for."""
+    if name.endswith(".json") or os.path.dirname(name.removeprefix("tasks/")):
+        path = os.path.abspath(os.path.join(beside, os.path.expanduser(name)))
+        path += "" if path.endswith(".json") else ".json"
+        return f"no task {path}: give the path of a JSON file, or a name in {FOLDER}"
+    name = name.removeprefix("tasks/")
+    names = sorted(os.path.splitext(file)[0] for file in os.listdir(FOLDER) if file.endswith(".json"))
+    [close] = difflib.get_close_matches(name, names, n=1, cutoff=0)
+    return f"no task {name!r}: the closest that exists is {close!r}; one of your own is given by its path"
 
 
 def with_ids(spec, tokenizer):
@@ -61,24 +78,27 @@ def with_ids(spec, tokenizer):
 
     Of natural text: "pair", two ids. Else prompts (ids, [right, other]).
     """
-    kind = next((kind for kind in KINDS if kind & spec.keys()), set())
+    kind = next((kind for kind in KINDS if kind & spec.keys()), KINDS[0])
     if unknown := sorted(spec.keys() - kind - ALSO):
         raise ValueError(f"it has a key {unknown[0]!r}, which does not exist or does not go with the others")
+    if missing := sorted(kind - spec.keys() - {"contains"}):
+        raise ValueError(f"{missing[0]!r} is missing")
     beyond = [str(other) for other in spec.get("beyond", ())]
     if "families" in spec:
         return {"beyond": beyond, "families": {str(family): spelled(tokenizer, prompts)
                                                for family, prompts in spec["families"].items()}}
     if "answers" in spec:
-        if type(spec["answers"]) is not list or not isinstance(spec.get("contains", ""), str):
+        answers = spec["answers"]
+        if type(answers) is not list or len(answers) != 2 or not isinstance(spec.get("contains", ""), str):
             raise ValueError("a list of two answers, and a text that a context contains")
-        first, second = spec["answers"]
+        first, second = answers
         if first == second:
             raise ValueError("two different answers")
         pair = [one_token(tokenizer, first), one_token(tokenizer, second)]
         return {"pair": pair, "contains": spec.get("contains", ""), "beyond": beyond}
     found = {part: spelled(tokenizer, spec[part]) for part in ("prompts", "held_out")}
     if {tuple(ids) for ids, _ in found["prompts"]} & {tuple(ids) for ids, _ in found["held_out"]}:
-        raise ValueError("held-out prompts that are not among the others")
+        raise ValueError("held_out has prompts that are among prompts: remove them")
     if any(right == other for part in found.values() for _, (right, other) in part):
         raise ValueError("two different answers to each prompt")
     return found | {"beyond": beyond}
@@ -88,16 +108,6 @@ def spelled(tokenizer, prompts):
     """Prompts [text, right answer, other answer] as (ids, [right, other])."""
     return [([tokenizer.eot_token, *tokenizer.encode(prompt, disallowed_special=())],
              [one_token(tokenizer, right), one_token(tokenizer, other)]) for prompt, right, other in prompts]
-
-
-def one_token(tokenizer, text):
-    """The id of a text of one token; ValueError if it is more, or none."""
-    ids = tokenizer.encode(text, disallowed_special=())
-    if len(ids) != 1:
-        pieces = [tokenizer.decode([i]) for i in ids]
-        raise ValueError(f"the answer {text!r} is {len(ids)} tokens of this model's tokenizer, {pieces}: "
-                         "choose answers of one token each")
-    return ids[0]
 
 
 def joined_otherwise(spec, tokenizer):

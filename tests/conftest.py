@@ -19,6 +19,7 @@ import tiktoken
 import torch
 
 import circuit
+import configurator
 import kernels
 import prepare
 import sample
@@ -26,6 +27,7 @@ import train
 from configurator import settings_of
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when `datasets` is first imported: look-ups fail at once
+configurator.is_script = True  # most tests are of scripts: errors are printed, as after `configure`
 torch.set_num_threads(1)  # the tensors here are small: more threads would wait for each other
 
 # ----------------------------------------------------------------------------------------------------------

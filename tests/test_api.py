@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import circuits.loaded
+import configurator
 import released
 import runs
 from checkpoints import load_checkpoint
@@ -82,6 +83,12 @@ def quickstart(folder, monkeypatch):
 
 
 @pytest.fixture
+def library(monkeypatch):
+    """No script runs, as in a notebook."""
+    monkeypatch.setattr(configurator, "is_script", False)
+
+
+@pytest.fixture
 def saved(quickstart):
     return load_circuit(CIRCUIT, quickstart)
 
@@ -111,8 +118,17 @@ def test_reading_gives_the_models_logits_and_all_its_nodes(quickstart):
     assert torch.equal(quickstart.read("ab")[0], quickstart.read([256, 97, 98])[0])
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert quickstart.read(IDS)[0].dtype == torch.float32
-    with pytest.raises(ValueError, match="block_size of 16"):
-        quickstart.read(range(17))
+    for ids in (range(6), np.arange(6), np.arange(6)[None], torch.arange(6, dtype=torch.int32)):
+        assert torch.equal(quickstart.read(ids)[0], quickstart.read([0, 1, 2, 3, 4, 5])[0])
+
+
+def test_tokens_are_spelled(quickstart):
+    """A text goes to ids and back; an id has its text, and a text of one token its id."""
+    assert quickstart.decode(quickstart.encode("é = 1")[1:]) == "é = 1" and quickstart.decode([]) == ""
+    assert quickstart.decode(97) == quickstart.decode(torch.tensor(97)) == "a"
+    assert quickstart.token("a") == 97
+    with pytest.raises(ValueError, match=r"'ab' is 2 tokens .*\['a', 'b'\]"):
+        quickstart.token("ab")
 
 
 @pytest.mark.parametrize("at", ["mean", "reversed", 0, 2.5, torch.tensor([1.0, -1.0]), torch.ones(6, 2)],
@@ -150,6 +166,22 @@ def test_a_frozen_edge_is_a_weight_that_reads_the_mean(quickstart, at):
     torch.testing.assert_close(quickstart.read(IDS)[0], frozen)
 
 
+def test_a_channel_and_an_edge_are_taken_as_they_come(quickstart):
+    """An int is one channel, also an array's; an edge may have its weight with it."""
+    site = "0.attn.attn_v"
+    for one in (7, np.int64(7), torch.tensor(7), torch.tensor([7]), range(7, 8)):
+        with quickstart.frozen({site: [7]}, at=2.0):
+            expected = quickstart.read(IDS)[0]
+        with quickstart.frozen({site: one}, at=2.0):
+            assert torch.equal(quickstart.read(IDS)[0], expected)
+    row, column = quickstart.model.transformer.h[0].mlp.c_fc.weight.nonzero()[0].tolist()
+    edge = ("0.mlp.mlp_in", column, "0.mlp.mlp_neuron", row)
+    with quickstart.frozen(edges=[edge]):
+        expected = quickstart.read(IDS)[0]
+    with quickstart.frozen(edges=[(*edge, 0.5)]):
+        assert torch.equal(quickstart.read(IDS)[0], expected)
+
+
 def test_gradients_flow_through_frozen_nodes(quickstart):
     """To the value that a node is frozen at, as differences say; to all nodes before and after it."""
     quickstart.model.double()
@@ -171,7 +203,7 @@ def test_gradients_flow_through_frozen_nodes(quickstart):
 
 
 def test_attribution_is_gradient_times_difference(quickstart):
-    """What three lines make of a text is what the search estimates of its gates."""
+    """Of a loss it is what the search estimates of its gates; `attribution` is that of two logits."""
     nodes, contexts = quickstart.nodes(), Source(quickstart, 32, 32, 32).of_text(
         quickstart.data.val, "val", {"pair": [114, 101], "contains": ""}, 32)[:1]
     estimated = estimated_costs(nodes, contexts, torch.ones(nodes.number), fit=False)
@@ -181,6 +213,13 @@ def test_attribution_is_gradient_times_difference(quickstart):
     found = [(g * (quickstart.means[site] - x)).sum(0)
              for (site, x), g in zip(values.items(), gradients, strict=True)]
     torch.testing.assert_close(torch.cat(found), estimated, rtol=1e-3, atol=1e-6)
+    right, other = contexts.answers[0].tolist()
+    slope = -torch.sigmoid(logits[-1, other] - logits[-1, right])  # of the loss by the difference of logits
+    with torch.no_grad():
+        effects = quickstart.attribution(contexts.idx[0], right, other)
+    assert effects.keys() == values.keys()
+    torch.testing.assert_close(-slope * torch.cat(list(effects.values())), torch.cat(found),
+                               rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("quantile", [1.0, 0.0, 0.5])
@@ -251,12 +290,33 @@ def test_the_effect_of_one_unit_is_at_the_scale_of_train(quickstart):
     lambda r: r.frozen({"0.attn.attn_v": [1]}, at="median").__enter__(),
     lambda r: r.frozen(edges=[("0.attn.attn_in", 1, "1.attn.attn_k", 1)]).__enter__(),
     lambda r: r.frozen(edges=[("0.attn.attn_in", 1, "0.attn.attn_k", 1)], at="reversed").__enter__(),
+    lambda r: r.frozen(edges=[("0.attn.attn_in", 1, "0.attn.attn_k", 1)], at=torch.ones(2)).__enter__(),
+    lambda r: r.frozen(edges=("0.attn.attn_in", 1, "0.attn.attn_k", 1)).__enter__(),
+    lambda r: r.frozen({"0.attn.attn_v": "1"}).__enter__(), lambda r: r.frozen("0.attn.attn_v").__enter__(),
+    lambda r: r.frozen({"0.attn.attn_v": [1.5]}).__enter__(),
+    lambda r: r.frozen({"0.attn.attn_v": [1, 2]}, at=torch.ones(3)).__enter__(),
+    lambda r: r.frozen({"0.attn.attn_v": [1, 2]}, at=torch.ones(1, 6, 2)).__enter__(),
+    lambda r: r.frozen({"0.attn.attn_v": [1]}, at=None).__enter__(),
+    lambda r: r.top_contexts("0.attn.attn_v", 1, split="test"),
+    lambda r: r.read([]), lambda r: r.read([3, 257]), lambda r: r.read([-1]), lambda r: r.read([0.5, 1]),
+    lambda r: r.read([[1, 2], [3, 4]]), lambda r: r.read(range(17)), lambda r: r.read(torch.tensor([])),
+    lambda r: r.decode([257]), lambda r: r.decode([-1]), lambda r: r.token(""),
+    lambda r: r.attribution(IDS, 1, 257), lambda r: r.direct_effect("0.attn.attn_out", 4, []),
 ])
 def test_what_a_model_does_not_have_is_a_value_error(quickstart, ask):
     """One sentence, that names what there is."""
     with pytest.raises(ValueError) as error:
         ask(quickstart)
     assert "\n" not in str(error.value) and len(str(error.value)) > 30
+
+
+def test_a_value_for_other_tokens_than_are_read_is_a_value_error(quickstart):
+    """Which is known when they are read; afterwards nothing is frozen."""
+    before = quickstart.read(IDS)[0]
+    with quickstart.frozen({"0.attn.attn_v": [1, 2]}, at=torch.ones(5, 2)), \
+            pytest.raises(ValueError, match="at is for 5 tokens, and 6 are read"):
+        quickstart.read(IDS)
+    assert torch.equal(quickstart.read(IDS)[0], before)
 
 
 def test_means_are_computed_once_and_kept_beside_the_checkpoint(quickstart, monkeypatch):
@@ -284,25 +344,37 @@ def test_means_are_computed_once_and_kept_beside_the_checkpoint(quickstart, monk
     path.rmdir()
 
 
-def test_a_model_is_opened_from_any_folder(folder, tmp_path, monkeypatch, capsys):
+def test_a_model_is_opened_from_any_folder(folder, tmp_path, monkeypatch, library, capsys):
     """By the path of its out_dir or its checkpoint; its data is in data/ here or of the repository."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
         load(folder / "out" / "quickstart")
     assert f"no data in {os.path.join('data', 'tiny')}, nor in {REPO}" in str(error.value)
-    assert capsys.readouterr().err == f"error: {error.value}\n"
+    assert capsys.readouterr().err == ""
     monkeypatch.setattr(runs, "__file__", str(folder / "runs.py"))
     for path in (folder / "out" / "quickstart", str(folder / "out" / "quickstart" / "ckpt.pt")):
         assert repr(load(path)).endswith("ckpt.pt: 2 blocks, d_model 256, on tiny>")
     assert load_circuit(folder / CIRCUIT).run.path.endswith("ckpt.pt")
 
 
-def test_an_error_is_an_exception_with_the_sentence(tmp_path, capsys):
-    """Which ends a script with status 2, and can be caught by its name."""
+def test_an_error_of_a_script_ends_it_with_its_line(tmp_path, capsys):
+    """And with status 2."""
     with pytest.raises(UserError, match="no checkpoint at .*: train without") as error:
         load(tmp_path)
     assert isinstance(error.value, SystemExit) and error.value.code == 2
     assert capsys.readouterr().err == f"error: {error.value}\n"
+
+
+def test_an_error_elsewhere_is_an_exception_with_the_sentence(tmp_path, library, capsys):
+    """It says what `load` takes, and nothing is printed."""
+    for name in ("", "nowhere"):
+        with pytest.raises(UserError) as error:
+            load(tmp_path / name)
+        assert str(error.value) == (f"no checkpoint at {tmp_path / name / 'ckpt.pt'}: give the folder of a "
+                                    "run, a checkpoint, or a released model's folder")
+    with pytest.raises(UserError, match="No such file"):
+        load_circuit(tmp_path / "circuit.json")
+    assert capsys.readouterr() == ("", "")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -331,6 +403,7 @@ def test_a_circuit_loses_a_node_an_edge_or_all(saved):
     assert channel not in saved.minus(site, channel).kept.get(site, [])
     edge = saved.edges[0][:4]
     less = saved.minus_edge(*edge)
+    assert torch.equal(saved.minus_edge(*saved.edges[0]).gates, less.gates)  # with its weight
     assert [e for e in saved.edges if e not in less.edges] == [saved.edges[0]]
     assert torch.equal(nodes.judge(contexts, saved.without().gates),
                        nodes.with_edges(()).judge(contexts, 1 - saved.gates[:nodes.nodes]))
@@ -350,16 +423,22 @@ def test_a_circuit_loses_a_node_an_edge_or_all(saved):
 
 
 def test_a_circuit_reads_any_text(saved):
-    """Its logits are those at the last token; its choice is the fitted one of the two answers alone."""
+    """Its logits are those at the last token; its choice is of the two answers alone, fitted or not."""
     contexts = saved.contexts()
     one = contexts.idx[3]
     torch.testing.assert_close(saved.logits(one), saved.nodes.next_logits(contexts[3:4], saved.gates)[0])
     assert saved.logits("if x").shape == (257,)
-    choice = saved.choice(one)
-    assert sum(choice.values()) == pytest.approx(1) and set(choice) == set("re")
-    margin = saved.logits(one)[101] - saved.logits(one)[114]
-    z = saved.record["scale"] * margin + saved.record["shift"]
-    assert choice["e"] == pytest.approx(torch.sigmoid(z).item(), rel=1e-4)
+    for circuit, fitted in ((saved, False), (saved, True), (saved.without(), False)):
+        choice = circuit.choice(one, fitted)
+        assert sum(choice.values()) == pytest.approx(1) and set(choice) == set("re")
+        z = circuit.logits(one)[101] - circuit.logits(one)[114]
+        z = saved.record["scale"] * z + saved.record["shift"] if fitted else z
+        assert choice["e"] == pytest.approx(torch.sigmoid(z).item(), rel=1e-4)
+    assert saved.choice(one) == saved.choice(one, fitted=False) != saved.choice(one, fitted=True)
+    for ask in (lambda: saved.without().choice(one, fitted=True), lambda: saved.logits([]),
+                lambda: saved.without().result(fitted=True)):
+        with pytest.raises(ValueError, match="not of the rest of the model|there are no token ids"):
+            ask()
 
 
 def test_a_circuit_of_another_model_or_none_is_refused(quickstart, tmp_path):
@@ -369,9 +448,13 @@ def test_a_circuit_of_another_model_or_none_is_refused(quickstart, tmp_path):
         (tmp_path / name).write_text(json.dumps(record | change))
     with pytest.raises(UserError, match="of another checkpoint"):
         load_circuit(tmp_path / "other", quickstart)
-    for path in (tmp_path / "old", tmp_path / "none", "single_double_quote.json"):
-        with pytest.raises(UserError, match="cannot use circuit="):
+    for path, reason in ((tmp_path / "old", "its format is 1, not 2"), (tmp_path, "Is a directory"),
+                         (tmp_path / "none", "No such file or directory"),
+                         ("single_double_quote.json", "it lacks 'format'")):
+        with pytest.raises(UserError) as error:
             load_circuit(path, quickstart)
+        assert str(error.value) == (f"cannot use circuit={str(path)!r} ({reason}): give a circuit.json of "
+                                    "circuit.py")
 
 
 def test_the_block_of_the_readme_runs(folder, monkeypatch, capsys):
@@ -383,6 +466,7 @@ def test_the_block_of_the_readme_runs(folder, monkeypatch, capsys):
     exec(block.removeprefix("python\n"), names)  # noqa: S102  our own text
     assert names["logits"].shape[1] == 257 and not torch.equal(names["logits"], names["without"])
     assert " -> " in capsys.readouterr().out
+    assert names["effects"].keys() == names["nodes"].keys()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -449,9 +533,12 @@ def test_tasks_are_judged_one_by_one(quickstart, monkeypatch, capsys):
     """By the loss on train that circuit.py would find; what is no task says why, and the next follows."""
     with open("hard.json", "w", encoding="utf-8") as f:
         json.dump({"answers": ["r", "e"], "target_loss": 1e-3}, f)
-    script(monkeypatch, askable, "--out_dir=out/quickstart", "--task=nothing,single_double_quote,hard")
+    with pytest.raises(UserError) as error:
+        script(monkeypatch, askable, "--out_dir=out/quickstart", "--task=x.json,single_double_quote,hard")
+    assert error.value.code == 2 and str(error.value).startswith("1 of 3 tasks cannot be asked")
     *_, nothing, able, hard = capsys.readouterr().out.splitlines()
-    assert "cannot be asked: no task" in nothing and "yes, at its target of 5" in able
+    assert f"cannot be asked: no task {os.getcwd()}/x.json" in nothing and "yes, at its target of 5" in able
+    script(monkeypatch, askable, "--out_dir=out/quickstart", "--task=single_double_quote")  # ends well
     found = re.search(r"no: ([\d.]+) on train, above its target of 0.001", hard)
     assert run(f"circuit.py --out_dir=out/quickstart --task=hard {SMALL}".replace(
         "choosing_contexts=32", "choosing_contexts=512")) == 2

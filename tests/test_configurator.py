@@ -5,6 +5,7 @@ import ast
 import contextlib
 import io
 import os
+import subprocess
 import sys
 
 import pytest
@@ -12,7 +13,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from configurator import adopt, configure, difference, ends_explained, fail, read_json
+import configurator
+from configurator import UserError, adopt, configure, difference, ends_explained, fail, read_json
+from conftest import REPO
 from test_sparsity import few
 
 
@@ -225,6 +228,31 @@ def test_an_error_is_one_line(capsys, character):
         fail(f"no file a{character}b\\é")
     error = capsys.readouterr().err
     assert error == f"error: no file a{ascii(character)[1:-1]}b\\é\n" and len(error.splitlines()) == 1
+
+
+def test_an_error_is_printed_once_and_only_if_a_script_runs(capsys, monkeypatch):
+    """A script prints its line and ends with 2; elsewhere the exception has the sentence, and its code the
+    line, for Python to print if nobody catches it. It is an error of UserError, not of Exception."""
+    for is_script in (True, False):
+        monkeypatch.setattr(configurator, "is_script", is_script)
+        with pytest.raises(UserError) as error:
+            fail("no file a\nb")
+        assert str(error.value) == "no file a\nb" and not isinstance(error.value, Exception)
+        assert (capsys.readouterr().err, error.value.code) == (
+            ("error: no file a\\nb\n", 2) if is_script else ("", "error: no file a\\nb"))
+    configure({}, [])
+    assert configurator.is_script
+
+
+@pytest.mark.parametrize("code, status", [
+    ("configurator.fail('a')", 1), ("configurator.configure({}, [])\nconfigurator.fail('a')", 2),
+    ("try:\n    configurator.fail('a')\nexcept configurator.UserError as e:\n    sys.exit(f'error: {e}')",
+     1)])
+def test_whoever_runs_into_an_error_reads_it_once(code, status):
+    """In a script, in a program that does not catch it, and in one that does and prints it."""
+    result = subprocess.run([sys.executable, "-c", f"import sys, configurator\n{code}"], text=True,
+                            cwd=REPO, capture_output=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (status, "", "error: a\n")
 
 
 def test_a_stdout_that_was_replaced_is_taken_as_it_is(monkeypatch):
