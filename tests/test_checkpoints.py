@@ -328,6 +328,8 @@ def test_a_start_that_is_killed_between_two_moves_loses_nothing(here, monkeypatc
         else:
             assert run("train.py tiny.py --seed=2 --max_iters=4") == 0
     assert set(before.values()) <= set(tree("out").values())
+    moved = os.listdir("out/previous-1") if os.path.exists("out/previous-1") else []
+    assert "ckpt.pt" not in moved or len(moved) == 5  # the last of the old run's files
     if os.path.exists("out/ckpt.pt") and moves < 10:
         shutil.copytree("out", "copy")
         assert checkpoint()["settings"]["seed"] == 1337
@@ -388,10 +390,23 @@ def test_a_checkpoint_that_is_missing_is_looked_for_in_what_was_moved(here, caps
     assert capsys.readouterr().err.count("an earlier run is in out/previous-1") == 2
 
 
+@pytest.mark.parametrize("name, start", [("", "scratch"), ("best.pt", "scratch"), ("ckpt.pt", "resume")])
+def test_auto_looks_for_the_checkpoint_to_go_on_from(tmp_path, name, start):
+    """A folder alone, or what is left of a run without it, is none."""
+    (tmp_path / name).touch()
+    assert checkpoints.chosen_start("auto", tmp_path) == start
+    assert checkpoints.chosen_start("scratch", tmp_path) == "scratch"
+
+
+def test_a_start_has_its_place_and_leaves_no_folder(tmp_path):
+    folder = checkpoints.start_out_dir(tmp_path, "{}")
+    assert os.listdir(tmp_path) == [os.path.basename(folder)]
+    checkpoints.settle(tmp_path)
+    assert os.listdir(tmp_path) == ["tokenizer.json"]
+
+
 def test_auto_goes_on_if_there_is_a_run(here, whole):
-    """One command for a first start, in a folder that may be there, and for each later one; an earlier run is
-    not moved aside."""
-    os.makedirs("out")
+    """One command for a first start and for each later one; an earlier run is not moved aside."""
     command = "train.py tiny.py --init_from=auto"
     assert interrupted_run(command, 5) == interrupted_run(command, 8) == run(command) == run(command) == 0
     assert_ended_alike("out", whole)

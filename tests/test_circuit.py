@@ -1003,7 +1003,7 @@ def test_several_draws_are_a_row_of_the_table():
     """From the least to the largest, in whatever order they came."""
     draws = [{"loss": loss, "accuracy": share, "nodes": 5} for loss, share in (
         (0.5, 0.6), (0.7, 0.9), (0.6, 0.5))]
-    [row, other] = asked.table_of({"random": draws, "labels_shuffled": draws[0] | {"reached": 1, "of": 3}})
+    [row, other] = report.table_of({"random": draws, "labels_shuffled": draws[0] | {"reached": 1, "of": 3}})
     assert row == ["random nodes", "0.500 to 0.700", "50.0% to 90.0%", "5", "", ""]
     assert other == ["labels shuffled", "0.500", "60.0%", "5", "", "1 of 3 reached"]
 
