@@ -398,6 +398,15 @@ def test_auto_looks_for_the_checkpoint_to_go_on_from(tmp_path, name, start):
     assert checkpoints.chosen_start("scratch", tmp_path) == "scratch"
 
 
+def test_what_is_no_file_of_a_run_stays(tmp_path):
+    """Though its name begins as one does."""
+    for name in ("ckpt.pt", "best.pt.mine", "circuits_of_mine"):
+        (tmp_path / name).touch()
+    aside = checkpoints.move_aside(tmp_path)
+    assert os.listdir(aside) == ["ckpt.pt"]
+    assert set(os.listdir(tmp_path)) == {"previous-1", "best.pt.mine", "circuits_of_mine"}
+
+
 def test_a_start_has_its_place_and_leaves_no_folder(tmp_path):
     folder = checkpoints.start_out_dir(tmp_path, "{}")
     assert os.listdir(tmp_path) == [os.path.basename(folder)]
