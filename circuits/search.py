@@ -236,9 +236,6 @@ class Removal:
     def __init__(self, nodes, gates, contexts, target, fit):
         self.nodes = nodes.with_edges([edge[:4] for edge in nodes.edges_in(gates)])
         self.gates = torch.cat([gates[:nodes.nodes], gates.new_ones(len(self.nodes.edges))])
-        if gates.numel() > nodes.nodes:  # it had edges already, some of them removed
-            there = {edge[:4] for edge in nodes.edges_in(gates)}
-            self.gates[nodes.nodes:] = gates.new_tensor([edge in there for edge in self.nodes.edges])
         self.contexts, self.target, self.fit = contexts, target, fit
         self.some = contexts[torch.arange(min(QUICKLY, len(contexts)), device=contexts.idx.device)]
         self.path = []
