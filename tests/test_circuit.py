@@ -1226,7 +1226,15 @@ def test_ctrl_c_in_the_controls_keeps_the_circuit(task, capsys, monkeypatch):
     as Ctrl-C ends it."""
     task(answers=["r", "t"], target_loss=5.0)
     destroy = asked.shuffled_weights
-    monkeypatch.setattr(asked, "shuffled_weights", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+
+    def interrupt(*_):  # also where the tests run in the background, which ignores the signal
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    monkeypatch.setattr(asked, "shuffled_weights", interrupt)
     assert run(f"circuit.py --task=task.json --nonsense_task= {SMALL}") == 130
     stopped, captured = json.loads(read("out/circuits/task/circuit.json")), capsys.readouterr()
     [warning] = [line for line in stopped["warnings"] if "Ctrl-C" in line]

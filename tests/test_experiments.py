@@ -215,11 +215,13 @@ def test_ctrl_c_ends_all_jobs_without_a_traceback(tmp_path):
     config = tmp_path / "endless.py"
     config.write_text(f"import os, time\nopen({str(tmp_path)!r} + f'/began{{os.getpid()}}', 'w').close()\n"
                       "time.sleep(600)\n")
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a child in the background would ignore it too
     with open(tmp_path / "errors", "w") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "experiments.circuit_sizes", "--jobs=1", f"--config={config}",
              f"--models={tmp_path}/models", f"--record={tmp_path}/sizes.csv", "--device=cpu"],
             cwd=REPO, stderr=errors, start_new_session=True)
+    signal.signal(signal.SIGINT, before)
     try:
         end = time.time() + 120
         while not list(tmp_path.glob("began*")):
