@@ -149,7 +149,7 @@ def main():
     (learning, choosing, judging), (_, hard), _ = contexts
     identity = {"sha256": loaded.sha256, "task_sha256": spec["sha256"], "ablation": ablation}
     nodes = loaded.nodes(ablation, mean_windows)
-    whole = asked.check_able(name, nodes, loaded.data.train, choosing, target, fit, seed,
+    whole = asked.check_able(name, nodes, loaded.data.train, choosing, target, fit,
                              joined_otherwise(spec, loaded.tokenizer))
     folder = start_circuit(out_dir, name, identity)
     print(f"{name}: {nodes.number:,} nodes; target loss {target:g} on train, where the whole model has "

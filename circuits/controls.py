@@ -59,17 +59,23 @@ def random_like(nodes, gates, generator):
     return drawn
 
 
-def baselines(nodes, train, contexts, seed):
-    """Results without a circuit: name -> dict. What bigrams solve is no task for one, and what is as easy in
-    random order asks only which tokens there are."""
-    model, ones = nodes.model, torch.ones(nodes.number, device=nodes.device)
-    bigrams = torch.zeros(len(contexts), 1, model.config.vocab_size, device=nodes.device)
+def of_the_last_token(model, train, contexts):
+    """Results of what knows the last token alone: name -> dict. What bigrams solve is no task for a
+    circuit."""
+    bigrams = torch.zeros(len(contexts), 1, model.config.vocab_size, device=contexts.idx.device)
     bigrams = (bigrams + F.embedding(contexts.last_tokens(), model.bigram_table))[:, 0]
+    return {"bigram_table": result(bigrams.gather(1, contexts.answers)),
+            "last_token": result(last_token_alone(train, contexts))}
+
+
+def baselines(nodes, train, contexts, seed):
+    """Results without a circuit: name -> dict. What is as easy in random order asks only which tokens there
+    are."""
+    ones = torch.ones(nodes.number, device=nodes.device)
     return {
         "whole": result(nodes.judge(contexts, ones)) | count(nodes, ones),
         "random_order": result(nodes.judge(contexts.in_random_order(seed), ones)),
-        "bigram_table": result(bigrams.gather(1, contexts.answers)),
-        "last_token": result(last_token_alone(train, contexts)),
+        **of_the_last_token(nodes.model, train, contexts),
         "nothing": result(nodes.judge(contexts, 0 * ones)) | count(nodes, 0 * ones),
         "chance": result(torch.zeros(len(contexts), 2)),
     }
@@ -355,7 +361,7 @@ def exchanges(nodes, gates, contexts):
 # before and after a search
 
 
-def check_able(name, nodes, train, choosing, target, fit, seed, reason=""):
+def check_able(name, nodes, train, choosing, target, fit, reason=""):
     """End the script if the whole model does not do the task, for which there may be a known `reason`; warn
     if it takes no circuit to do it. Returns the whole model's loss on contexts of train."""
     ones = torch.ones(nodes.number, device=nodes.device)
@@ -366,8 +372,8 @@ def check_able(name, nodes, train, choosing, target, fit, seed, reason=""):
         fail(f"the whole model does not do {name}: its loss is {loss:.3f} (accuracy {able['accuracy']:.1%}) "
              f"on {len(choosing)} contexts of train, above the target of {target:g}; {remedy}. What "
              "it can do: python -m circuits.askable --out_dir=...")
-    for rule, known in baselines(nodes, train, choosing, seed).items():
-        if rule in ("last_token", "bigram_table") and known["loss"] <= target:
+    for rule, known in of_the_last_token(nodes.model, train, choosing).items():
+        if known["loss"] <= target:
             print(f"warning: the {rule.replace('_', ' ')} alone reaches the target, {known['loss']:.3f}: "
                   "a circuit of this task shows little; choose a lower --target_loss, or another task")
     return loss

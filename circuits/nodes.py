@@ -23,6 +23,14 @@ class Contexts:
     answers: torch.Tensor  # (n, 2): the right one, and the other
     positions: torch.Tensor | None = None  # (n): where in the bin the right one is; None for templates
 
+    @classmethod
+    def of(cls, texts, device="cpu"):
+        """Those of a list of (ids, [right, other])."""
+        longest = max(len(ids) for ids, _ in texts)
+        parts = ([ids + [0] * (longest - len(ids)) for ids, _ in texts], [len(ids) - 1 for ids, _ in texts],
+                 [list(answers) for _, answers in texts])
+        return cls(*(torch.tensor(part, device=device) for part in parts))
+
     def __len__(self):
         return len(self.idx)
 

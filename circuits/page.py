@@ -187,14 +187,6 @@ def describe_nodes(model, record, data, contexts, arrays):
 # what freezing does
 
 
-def as_contexts(contexts):
-    """Contexts, from the lists of `contexts_of`."""
-    longest = max(len(ids) for ids, _ in contexts)
-    return Contexts(torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in contexts]),
-                    torch.tensor([len(ids) - 1 for ids, _ in contexts]),
-                    torch.tensor([list(answers) for _, answers in contexts]))
-
-
 def freeze(nodes, gates, contexts, record):
     """What freezing does to the circuit, with its fit, and to the whole model, on `n` contexts: a dict.
 
@@ -310,13 +302,12 @@ def content(record, model, data, arrays):
     answers = sorted({i for _, pair in contexts for i in pair} | set(record["answer_ids"]))
     number = sum(int(p.count_nonzero()) for name, p in model.named_parameters() if name != "bigram_table")
     live = number <= LIVE
-    longest = max(len(ids) for ids, _ in contexts)
-    padded = np.array([ids + [0] * (longest - len(ids)) for ids, _ in contexts])
+    tensors = Contexts.of(contexts)
     return {
         "record": {key: record[key] for key in SHOWN},
         "results": {name: record["results"][name] for name in (*HEADINGS, "heads", "otherwise", "exchanges")
                     if name in record["results"]},
-        "freeze": freeze(nodes, gates, as_contexts(contexts), record),
+        "freeze": freeze(nodes, gates, tensors, record),
         "config": asdict(model.config), "tokenizer": json.loads(data.tokenizer),
         "live": live, "nonzeros": number, "most": LIVE,
         "parameters": parameters_of(model, live, record["nodes"], arrays),
@@ -325,7 +316,7 @@ def content(record, model, data, arrays):
         "reads": {site: arrays.add(mean, "float32") for site, mean in record["reads"].items()},
         "weights": weights_between(model, record["nodes"]), "values": values, "ordinary": texts,
         "quantiles": QUANTILES,
-        "contexts": {"ids": arrays.add(padded, "uint16"), "lengths": [len(ids) for ids, _ in contexts],
+        "contexts": {"ids": arrays.add(tensors.idx, "uint16"), "lengths": [len(ids) for ids, _ in contexts],
                      "answers": [list(pair) for _, pair in contexts], "split": record["contexts"]["split"]},
         "tokens": put_tokens(token_table(nodes, gates, contexts), arrays),
     }

@@ -77,13 +77,9 @@ class Circuit:
             answers = [list(order) for order, group in zip((pair, pair[::-1]), of["positions"], strict=True)
                        for _ in group]
             last = torch.full((len(idx),), T - 1)
-        else:
-            texts, positions = [ids for group in of["ids"] for ids in group], None
-            longest = max(map(len, texts))
-            idx = torch.tensor([ids + [0] * (longest - len(ids)) for ids in texts])
-            last = torch.tensor([len(ids) - 1 for ids in texts])
-            answers = [pair for group in of["answers"] for pair in group]
-        return Contexts(*(t.to(device) for t in (idx, last, torch.tensor(answers))), positions)
+            return Contexts(*(t.to(device) for t in (idx, last, torch.tensor(answers))), positions)
+        return Contexts.of([text for ids, answers in zip(of["ids"], of["answers"], strict=True)
+                            for text in zip(ids, answers, strict=True)], device)
 
     def result(self, contexts=None, fitted=False):
         """Its loss and accuracy, a dict, on Contexts; by default on those that it was judged by. `fitted`

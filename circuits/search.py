@@ -318,11 +318,10 @@ def fold(circuit):
             less = gates.clone()
             nodes.split(less)[site][channel] = 0
             folded = nodes.with_value(site, channel, x[:, channel].mean().item())
-            stays = less[:nodes.nodes].any()  # a node, to be shown
-            if stays and loss_at(folded, circuit.contexts, less, circuit.fit) <= circuit.target:
-                nodes, gates = folded, less
-                circuit.nodes, circuit.gates = nodes, gates
-                circuit.note(loss_at(nodes, circuit.contexts, gates, circuit.fit))
+            loss = loss_at(folded, circuit.contexts, less, circuit.fit)
+            if loss <= circuit.target and less[:nodes.nodes].any():  # a node stays, to be shown
+                circuit.nodes, circuit.gates = nodes, gates = folded, less
+                circuit.note(loss)
     return nodes, gates
 
 

@@ -181,10 +181,7 @@ class Source:
         if longest > self.block_size:
             raise ValueError(f"a prompt of the task has {longest} tokens, with the <|endoftext|> before it, "
                              f"more than the model's window of {self.block_size}: shorten it")
-        idx = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in prompts])
-        last = torch.tensor([len(ids) - 1 for ids, _ in prompts])
-        answers = torch.tensor([answers for _, answers in prompts])
-        return Contexts(*(t.to(self.device) for t in (idx, last, answers)))
+        return Contexts.of(prompts, self.device)
 
     def judging_set(self, spec):
         """The contexts that a task is judged by: of val, or its held-out prompts."""

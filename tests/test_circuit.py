@@ -298,9 +298,9 @@ def test_the_target_is_met_with_the_fit_or_without(known, monkeypatch):
         asked.result(nodes.judge(contexts, ones))["loss"])
     assert search.loss_at(nodes, contexts, ones) == pytest.approx(
         asked.fitted(nodes, ones, contexts, contexts)["loss"])
-    asked.check_able("a task", nodes, np.arange(16), contexts, 0.15, True, 0)
+    asked.check_able("a task", nodes, np.arange(16), contexts, 0.15, True)
     with pytest.raises(SystemExit):
-        asked.check_able("a task", nodes, np.arange(16), contexts, 0.15, False, 0)
+        asked.check_able("a task", nodes, np.arange(16), contexts, 0.15, False)
     for fit in (True, False):
         [run] = search.find(nodes, *[contexts] * 2, 0.15, search.Search(fit=fit), "a task", [(1e-2, 0)])
         assert run["nodes"] == (5 if fit else None)
@@ -908,7 +908,7 @@ def test_a_task_that_needs_no_circuit_is_warned_of(known, capsys):
     contexts.idx[:, -1] = torch.where(contexts.answers[:, 0] == X, 7, 8)
     train = np.tile([7, X, 8, Y], 50)
     known.bigram_table[7, X] = known.bigram_table[8, Y] = 8
-    asked.check_able("a task", nodes, train, contexts, 0.15, True, 0)
+    asked.check_able("a task", nodes, train, contexts, 0.15, True)
     assert capsys.readouterr().out.count("alone reaches the target") == 2
     runs = [{"penalty": p} for p in (1e-3, 1e-2)]
     few, many = gates_of(nodes, {"0.attn.attn_k": [0]}), torch.ones(nodes.number)
@@ -1352,7 +1352,7 @@ def test_a_prompt_that_ends_in_a_space_is_said_to(task, capsys, monkeypatch, spa
     nodes = nodes_of(tiny_model(vocab_size=16, block_size=T).eval().requires_grad_(False))
     contexts = some_contexts(64)
     with pytest.raises(SystemExit):
-        asked.check_able("task", nodes, np.arange(16), contexts, 0.1, True, 0, reason)
+        asked.check_able("task", nodes, np.arange(16), contexts, 0.1, True, reason)
     error = capsys.readouterr().err
     assert ("train it further" in error) != tokens and ("before their last space" in error) == tokens
 
