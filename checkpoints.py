@@ -5,6 +5,7 @@ Each file is written beside its place and renamed, so whatever ends a run, what 
 user can mend ends the script with one line (`configurator.fail`).
 """
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -125,13 +126,16 @@ def move_aside(out_dir, files=RUN_FILES):
     names = in_order(name for name in os.listdir(out_dir) if re.fullmatch(files, name))
     if not names:
         return None
-    n = 1
-    while os.path.exists(aside := os.path.join(out_dir, f"previous-{n}")):
-        n += 1
+    aside = unused(os.path.join(out_dir, "previous-"))
     os.mkdir(aside)
     for name in names:
         os.replace(os.path.join(out_dir, name), os.path.join(aside, name))
     return aside
+
+
+def unused(path):
+    """The path with the first number, from 1, behind it that is not there yet."""
+    return next(f"{path}{n}" for n in itertools.count(1) if not os.path.exists(f"{path}{n}"))
 
 
 def in_order(names):
@@ -258,10 +262,9 @@ def start_circuit(out_dir, name, identity):
         if os.path.exists(path):
             earlier = read_json(path)
             if any(earlier.get(key) != value for key, value in identity.items()):
-                number = next(n for n in range(1, 10**6) if not os.path.exists(f"{folder}.previous-{n}"))
-                os.rename(folder, f"{folder}.previous-{number}")
-                print("an earlier circuit, of another checkpoint, task or ablation, is now in "
-                      f"{folder}.previous-{number}")
+                aside = unused(f"{folder}.previous-")
+                os.rename(folder, aside)
+                print(f"an earlier circuit, of another checkpoint, task or ablation, is now in {aside}")
         os.makedirs(folder, exist_ok=True)
         write_atomically(os.path.join(folder, "writable"), "")
         os.remove(os.path.join(folder, "writable"))
