@@ -5,6 +5,7 @@ nonzero weight that joins two kept nodes. All of it goes through forward hooks o
 there is no forward pass here.
 """
 import copy
+import itertools
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -202,11 +203,11 @@ class Nodes:
                        for name, channels in self.kept(gates).items() for channel in channels
                        if name.endswith(("attn_q", "attn_k", "attn_v"))})
 
-    def logits(self, contexts, gates, watch=None, instead=None):
+    def logits(self, contexts, gates, **how):
         """Logits (n, 2) of the right answer and of the other when all nodes and edges pass their gates."""
-        return self.next_logits(contexts, gates, watch, instead).gather(1, contexts.answers)
+        return self.next_logits(contexts, gates, **how).gather(1, contexts.answers)
 
-    def next_logits(self, contexts, gates, watch=None, instead=None):
+    def next_logits(self, contexts, gates, watch=None, instead=None, known=None):
         """Logits (n, vocab_size) of what comes next when all nodes and edges pass their gates.
 
         Gates may also be m vectors (m, number), for m equal parts of the contexts, in order. `watch`, if
@@ -214,7 +215,8 @@ class Nodes:
         given, has for each site such a tensor: what its nodes are when ablated, text by text.
         After its scores the last block matters at the last token alone, so all else is cut off there, before
         attention is projected and before the MLP. What they write is added to the stream of all tokens,
-        of which only that of the last is right, and read.
+        of which only that of the last is right, and read. `known`, if given, is what these gates make of the
+        contexts until there, from `until_read`: then the last block runs on the last tokens alone.
         """
         rows = torch.arange(len(contexts), device=self.device)
         parts, block = self.split(gates), self.model.transformer.h[-1]
@@ -235,15 +237,42 @@ class Nodes:
             return x[rows, contexts.last].unsqueeze(1)
 
         with hooks([(module, gate(name)) for name, module in self.sites.items()]), \
-                hooks(self.removals(gates) if self.edges else (), both=True), \
-                hooks([(block.attn.c_proj, last_only), (block.ln_2, last_only)], before=True):
-            x = last_only(self.model.residual_stream(contexts.idx))
+                hooks(self.removals(gates) if self.edges else (), both=True):
+            if known:
+                stream, read = known
+                with hooks([(block.attn.c_proj, lambda _: read)], before=True):
+                    x = block(stream)
+            else:
+                with hooks([(block.attn.c_proj, last_only), (block.ln_2, last_only)], before=True):
+                    x = last_only(self.model.residual_stream(contexts.idx))
         return self.model.unembed(x, contexts.last_tokens())[:, 0]
 
     @torch.no_grad()
-    def judge(self, contexts, gates):
-        """The same for many contexts, without gradients."""
-        return torch.cat([self.logits(batch, gates) for batch in contexts.batches()])
+    def until_read(self, contexts, gates):
+        """What the last block gets and what its attention reads, at the last tokens, all that depends on the
+        gates `is_early`: for each batch of contexts (n, 1, d_model) and (n, 1, n_head * d_head)."""
+        block, found = self.model.transformer.h[-1], []
+        for batch in contexts.batches():
+            seen, last = [], (torch.arange(len(batch), device=self.device), batch.last)
+            with hooks([(module, seen.append) for module in (block, block.attn.c_proj)], before=True):
+                self.logits(batch, gates)
+            found.append([x[last].unsqueeze(1) for x in seen])
+        return found
+
+    def is_early(self):
+        """Of each gate, whether it acts before the last block's attention has read: bool (number)."""
+        late = [f"{self.model.config.n_layer - 1}.{name}"
+                for name in ("attn.attn_out", "mlp.mlp_in", "mlp.mlp_neuron", "mlp.mlp_out")]
+        early = torch.tensor([True] * self.nodes + [edge[2] not in late for edge in self.edges])
+        for name in late:
+            self.split(early)[name][:] = False
+        return early.to(self.device)
+
+    @torch.no_grad()
+    def judge(self, contexts, gates, known=None):
+        """`logits` for many contexts, without gradients. `known`, if given, is from `until_read`."""
+        batches = zip(contexts.batches(), known or itertools.repeat(None), strict=False)
+        return torch.cat([self.logits(batch, gates, known=of_batch) for batch, of_batch in batches])
 
     @torch.no_grad()
     def attention(self, contexts, gates, block):

@@ -71,9 +71,9 @@ def fit_of(logits, sides):
     return (scale, shift) if scale > 0 else (0.0, 0.0)
 
 
-def loss_at(nodes, contexts, gates, fit=True):
+def loss_at(nodes, contexts, gates, fit=True, known=None):
     """Mean loss on `contexts` of the circuit with these gates, its logits fitted on the same contexts."""
-    logits = nodes.judge(contexts, gates)
+    logits = nodes.judge(contexts, gates, known)
     if fit:
         logits = apply_fit(logits, contexts.sides(), *fit_of(logits, contexts.sides()))
     return loss_of(logits).mean().item()
@@ -238,11 +238,19 @@ class Removal:
         self.gates = torch.cat([gates[:nodes.nodes], gates.new_ones(len(self.nodes.edges))])
         self.contexts, self.target, self.fit = contexts, target, fit
         self.some = contexts[torch.arange(min(QUICKLY, len(contexts)), device=contexts.idx.device)]
-        self.path = []
-        self.note(self.loss(self.gates))
+        self.early, self.known, self.path = self.nodes.is_early(), {}, []
+        self.note(self.loss(self.gates, self.contexts))
 
-    def loss(self, gates, contexts=None):
-        return loss_at(self.nodes, contexts or self.contexts, gates, self.fit)
+    def loss(self, gates, contexts):
+        """The loss of other gates. Up to where they differ first from self.gates, nothing is computed twice:
+        what the last block's attention reads is kept."""
+        known = None
+        if torch.equal(gates[self.early], self.gates[self.early]):
+            before, known = self.known.get(len(contexts), (None, None))
+            if before is None or not torch.equal(before, gates[self.early]):
+                known = self.nodes.until_read(contexts, gates)
+                self.known[len(contexts)] = gates[self.early], known
+        return loss_at(self.nodes, contexts, gates, self.fit, known)
 
     def note(self, loss):
         size = count(self.nodes, self.gates)
@@ -277,7 +285,7 @@ class Removal:
             less = self.without(candidates[:size])
             if not less[:self.nodes.nodes].any():  # a node stays, to be shown
                 continue
-            loss = self.loss(less)
+            loss = self.loss(less, self.contexts)
             if loss <= self.target:
                 self.gates = less
                 self.note(loss)

@@ -413,6 +413,33 @@ def test_removing_an_edge_is_what_editing_the_weight_does(sinks):
     torch.testing.assert_close(model(idx)[0][:, -1, [3, 5]], removed, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_what_attention_has_read_need_not_be_read_again(layers, monkeypatch):
+    """Gates that act later do not change it, whichever they are, and others do."""
+    model = tiny_model(n_layer=layers, use_positional_embeddings=True).eval().requires_grad_(False)
+    contexts = Contexts(some_tokens(6, 8), torch.tensor([7, 3, 1, 7, 5, 6]), torch.tensor([[3, 5]] * 6))
+    nodes = Nodes(model, *means_over(model, some_tokens(5, 8)))
+    nodes = nodes.with_edges([edge[:4] for edge in nodes.edges_in(torch.ones(nodes.number))[::7]])
+    monkeypatch.setattr(Contexts, "batches", lambda self: (self[rows] for rows in torch.arange(6).split(4)))
+    generator, ones = torch.Generator().manual_seed(0), torch.ones(nodes.number)
+    early, known = nodes.is_early(), nodes.until_read(contexts, ones)
+    gates = torch.where(early, 1.0, (torch.rand(nodes.number, generator=generator) < 0.5).float())
+    assert torch.equal(nodes.judge(contexts, gates, known), nodes.judge(contexts, gates))
+    assert not torch.allclose(nodes.judge(contexts, ones, known), nodes.judge(contexts, gates), atol=1e-5)
+
+    def changes(gate):
+        less = ones.clone()
+        less[gate] = 0
+        return any(not torch.equal(a, b) for one, other in zip(known, nodes.until_read(contexts, less))
+                   for a, b in zip(one, other))
+
+    assert not any(changes(gate) for gate in (~early).nonzero()[:, 0].tolist())
+    assert any(changes(nodes.places[f"{layers - 1}.attn.attn_v"] + i) for i in range(8))
+    of_edges = [edge[2].split(".", 1)[1] for edge, is_early in zip(
+        nodes.edges, early[nodes.nodes:].tolist()) if is_early and edge[2].startswith(str(layers - 1))]
+    assert set(of_edges) == {"attn.attn_q", "attn.attn_k", "attn.attn_v"}
+
+
 def plain_means(model, idx):
     """Of all nodes, and of what the projection of attention reads."""
     means, reads = {}, {}
