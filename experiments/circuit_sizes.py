@@ -108,19 +108,20 @@ def all_jobs():
 # a job
 
 
-def read_record():
-    """The rows of the CSV, dicts of strings."""
-    if not os.path.exists(record):
+def read_rows(path):
+    """The rows of a CSV, dicts of strings. One that was torn lacks its last column, and is left out."""
+    if not os.path.exists(path):
         return []
-    with open(record, encoding="utf-8", newline="") as f:
-        return [row for row in csv.DictReader(f) if row["nonzero"] and None not in row]  # torn
+    with open(path, encoding="utf-8", newline="") as f:
+        reader = csv.DictReader(f)
+        return [row for row in reader if row[reader.fieldnames[-1]] and None not in row]
 
 
-def add(rows):
-    """Append rows to the CSV, whichever process comes first."""
-    with open(record, "a", encoding="utf-8", newline="") as f:
+def add(path, columns, rows):
+    """Append rows to a CSV, whichever process comes first."""
+    with open(path, "a", encoding="utf-8", newline="") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
-        writer = csv.DictWriter(f, COLUMNS)
+        writer = csv.DictWriter(f, columns)
         if f.seek(0, os.SEEK_END) == 0:
             writer.writeheader()
         writer.writerows(rows)
@@ -166,7 +167,7 @@ def rows_of_trial(nodes, tau, choosing, judging):
 
 def run_job(flags, seed, tasks):
     """Train a model if need be, and add to the CSV what it lacks of its circuits."""
-    there = Counter((row["task"], float(row["penalty"]), int(row["mask_seed"])) for row in read_record()
+    there = Counter((row["task"], float(row["penalty"]), int(row["mask_seed"])) for row in read_rows(record)
                     if (row["flags"], row["seed"]) == (flags, str(seed)))
     missing = {task: trials for task in tasks if (
         trials := [trial for trial in TRIALS if there[task, *trial] < len(TARGETS)])}
@@ -186,8 +187,8 @@ def run_job(flags, seed, tasks):
             some = trials[i:i + at_once]
             taus = learn_masks(nodes, sets[0], some, how)
             for (penalty, mask_seed), tau in zip(some, taus, strict=True):
-                add([row | {"penalty": penalty, "mask_seed": mask_seed} | found
-                     for found in rows_of_trial(nodes, tau, *sets[1:])])
+                add(record, COLUMNS, [row | {"penalty": penalty, "mask_seed": mask_seed} | found
+                                      for found in rows_of_trial(nodes, tau, *sets[1:])])
         print(f"{row['pretraining_loss']} | {task} {whole[0]:.3f} | seed {seed} | {flags}", flush=True)
 
 
@@ -420,7 +421,7 @@ def draw_widths(n, points):
 
 
 def report():
-    found = Found(read_record())
+    found = Found(read_rows(record))
     compared = {label: flags for label, flags in MODELS.items() if found.seeds(flags)}
     if "sparse" not in compared:
         fail(f"{record} has no sparse model that was searched for all tasks: leave out --jobs=0")

@@ -23,7 +23,7 @@ import torch
 import checkpoints
 from circuits.tasks import Source
 from conftest import REPO, checkpoint
-from experiments import ablations, circuit_sizes, evaluate, plot
+from experiments import ablations, circuit_sizes, evaluate, needed, plot
 from model import GPT, GPTConfig
 
 # ----------------------------------------------------------------------------------------------------------
@@ -250,6 +250,10 @@ def small_search(tmp_path, monkeypatch):
         monkeypatch.setattr(circuit_sizes, name, value)
 
 
+def add_rows(rows):
+    circuit_sizes.add(circuit_sizes.record, circuit_sizes.COLUMNS, rows)
+
+
 def rows_of(flags, seed, task, edges):
     """The rows of a search: `edges` at target 5.0, twice as many with the other penalty; none at 0.15."""
     return [{"flags": flags, "seed": seed, "task": task, "penalty": penalty, "mask_seed": 0,
@@ -262,8 +266,8 @@ def searched(small_search):
     """The sparse model and a dense one, three seeds each: ratios of 8, 2 and 4 in a task, 1 in the other."""
     for seed, ratio in zip(circuit_sizes.SEEDS, (8, 2, 4), strict=True):
         for flags, edges in (("", 10), ("--target_l0_fraction=1", 10 * ratio)):
-            circuit_sizes.add(rows_of(flags, seed, "one", edges))
-            circuit_sizes.add(rows_of(flags, seed, "two", 10))
+            add_rows(rows_of(flags, seed, "one", edges))
+            add_rows(rows_of(flags, seed, "two", 10))
 
 
 def test_circuits_are_compared_over_tasks_and_seeds(searched, capsys):
@@ -281,19 +285,19 @@ def test_circuits_are_compared_over_tasks_and_seeds(searched, capsys):
 
 def test_a_search_counts_when_it_is_whole(searched):
     """Fewer masks would be another budget: that model has no point, and a torn row no meaning."""
-    circuit_sizes.add(rows_of("--d_model=512", 1337, "one", 5))
-    circuit_sizes.add(rows_of("--d_model=512", 1337, "two", 5)[:3])
+    add_rows(rows_of("--d_model=512", 1337, "one", 5))
+    add_rows(rows_of("--d_model=512", 1337, "two", 5)[:3])
     with open(circuit_sizes.record, "a", encoding="utf-8") as f:
         f.write("--d_model=512,1337,tw")
-    found = circuit_sizes.Found(circuit_sizes.read_record())
+    found = circuit_sizes.Found(circuit_sizes.read_rows(circuit_sizes.record))
     assert found.seeds("--d_model=512") == [] and found.seeds("") == list(circuit_sizes.SEEDS)
 
 
 def test_a_task_that_one_model_cannot_do_is_not_common(searched):
     """Nor is one in which a seed has not been searched."""
     both = ("", "--target_l0_fraction=1")
-    circuit_sizes.add(rows_of("", 1, "three", 7))
-    found = circuit_sizes.Found(circuit_sizes.read_record())
+    add_rows(rows_of("", 1, "three", 7))
+    found = circuit_sizes.Found(circuit_sizes.read_rows(circuit_sizes.record))
     assert found.common(both, 5.0) == ["one", "two"] and found.common(both, 0.15) == []
     assert found.edges("", ["three"], 5.0) == {1: pytest.approx(7)}
 
@@ -302,9 +306,9 @@ def test_ratios_are_looked_at_otherwise(searched, monkeypatch, capsys):
     """By cell: all of them, nodes too, and only those in which both models do the task as a whole."""
     monkeypatch.setattr(circuit_sizes, "widths_target", 5.0)
     one, two = rows_of("--d_model=9", 1, "one", 40), rows_of("--d_model=9", 1, "two", 10)
-    circuit_sizes.add([row | {"whole_train_loss": 6.0} for row in one])
-    circuit_sizes.add([row | {"nodes": row["nodes"] and 20, "val_loss": 7.0} for row in two])
-    found = circuit_sizes.Found(circuit_sizes.read_record())
+    add_rows([row | {"whole_train_loss": 6.0} for row in one])
+    add_rows([row | {"nodes": row["nodes"] and 20, "val_loss": 7.0} for row in two])
+    found = circuit_sizes.Found(circuit_sizes.read_rows(circuit_sizes.record))
     circuit_sizes.print_otherwise(found, {"sparse": "", "other": "--d_model=9"})
     cells = [line.split(" | ")[-1] for line in capsys.readouterr().out.strip().split("\n")[2:]]
     assert cells == [" |", "2 (2) |", "2.83 (2) |", "1 (1) |", "4 (1) |", "1 to 4 |"]
@@ -314,8 +318,8 @@ def test_choices_stand_beside_the_sparse_model(searched, monkeypatch, capsys):
     """In the tasks that they are searched for; one that is not searched has no row."""
     monkeypatch.setattr(circuit_sizes, "CHOICES", {"longer": "--max_iters=9", "another": "--seed=9"})
     monkeypatch.setattr(circuit_sizes, "CHOICES_TASKS", ("one",))
-    circuit_sizes.add(rows_of("--max_iters=9", 1, "one", 30))
-    circuit_sizes.print_choices(circuit_sizes.Found(circuit_sizes.read_record()))
+    add_rows(rows_of("--max_iters=9", 1, "one", 30))
+    circuit_sizes.print_choices(circuit_sizes.Found(circuit_sizes.read_rows(circuit_sizes.record)))
     base, longer = capsys.readouterr().out.strip().split("\n")[2:]
     assert base == "| as configured | `` | 3 | 3.800 | none, 0 of 3 | 10 (10 to 10) |"
     assert longer == "| longer | `--max_iters=9` | 1 | 3.800 | none, 0 of 1 | 30 |"
@@ -326,9 +330,9 @@ def test_widths_are_drawn(searched, monkeypatch):
     monkeypatch.setattr(circuit_sizes, "widths_target", 5.0)
     circuit_sizes.report()
     assert os.path.getsize(circuit_sizes.widths_image) > 0
-    circuit_sizes.add([row | {"nodes": ""} for row in rows_of("--d_model=512", 1, "one", 3)])
-    circuit_sizes.add(rows_of("--d_model=512", 1, "two", 3))
-    found = circuit_sizes.Found(circuit_sizes.read_record())
+    add_rows([row | {"nodes": ""} for row in rows_of("--d_model=512", 1, "one", 3)])
+    add_rows(rows_of("--d_model=512", 1, "two", 3))
+    found = circuit_sizes.Found(circuit_sizes.read_rows(circuit_sizes.record))
     assert [(n, len(points)) for n, points in [circuit_sizes.print_grid(found)]] == [(1, 3)]
     monkeypatch.setattr(circuit_sizes, "widths_tasks", "one,two")
     n, points = circuit_sizes.print_grid(found)
@@ -359,17 +363,17 @@ def tasks_here(trained, small_search, monkeypatch):
 def test_a_job_adds_what_is_missing(tasks_here, monkeypatch):
     """A row for each mask and target; a job that was stopped goes on after its last mask."""
     circuit_sizes.run_job("", 1, ("one",))
-    whole = circuit_sizes.read_record()
+    whole = circuit_sizes.read_rows(circuit_sizes.record)
     assert [(float(row["penalty"]), float(row["target_loss"])) for row in whole] == [
         (penalty, target) for penalty in circuit_sizes.PENALTIES for target in circuit_sizes.TARGETS]
     assert all(1 <= int(row["nodes"]) <= int(row["edges"]) + int(row["nodes"]) for row in whole[1::2])
     os.remove(circuit_sizes.record)
-    circuit_sizes.add([{name: row[name] for name in circuit_sizes.COLUMNS} for row in whole[:2]])
+    add_rows([{name: row[name] for name in circuit_sizes.COLUMNS} for row in whole[:2]])
     learned, learn_masks = [], circuit_sizes.learn_masks
     monkeypatch.setattr(circuit_sizes, "learn_masks", lambda nodes, contexts, trials, how: (
         learned.extend(trials), learn_masks(nodes, contexts, trials, how))[1])
     circuit_sizes.run_job("", 1, ("one",))
-    assert circuit_sizes.read_record() == whole and learned == [(1e-2, 0)]
+    assert circuit_sizes.read_rows(circuit_sizes.record) == whole and learned == [(1e-2, 0)]
     circuit_sizes.run_job("", 1, ("one",))
     assert len(learned) == 1
 
@@ -403,6 +407,106 @@ def test_bad_input_to_circuits(small_search, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["circuit_sizes", argument])
         with pytest.raises(SystemExit):
             circuit_sizes.main()
+        captured = capsys.readouterr().err
+        assert error in captured and captured.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------------------------
+# experiments/needed.py
+
+
+@pytest.fixture
+def small_needed(tmp_path, monkeypatch):
+    """A sparse model and a dense one, two targets; a CSV and a figure of their own."""
+    for name, value in {"record": str(tmp_path / "needed.csv"), "image": str(tmp_path / "needed.png"),
+                        "device": "cpu", "MODELS": {"sparse": "", "dense": "--d_model=9"},
+                        "TARGETS": (0.15, 5.0), "FAITHFUL": (5.0,)}.items():
+        monkeypatch.setattr(needed, name, value)
+
+
+def cell(flags, seed, task, target, fit, weights, edges, **more):
+    row = {"flags": flags, "seed": seed, "task": task, "target_loss": target, "fit": fit, "nodes": weights,
+           "weights": weights, "needed_edges": edges, "pretraining_loss": 3.8, "whole_train_loss": 0.1}
+    return dict.fromkeys(needed.COLUMNS, "") | row | more
+
+
+def test_needed_edges_are_compared_over_tasks_and_seeds(small_needed, capsys):
+    """Ratios paired by seed; over the tasks that all models reach; a circuit of a stricter target, or of the
+    raw logits, counts where it is smaller; what is near a model is a mean over tasks."""
+    for seed, edges in zip(circuit_sizes.SEEDS, (2, 4, 8), strict=True):
+        rows = [cell(flags, seed, task, target, fit, 16, edges * (4 if flags else 1), same_answer=0.5)
+                for flags in needed.MODELS.values() for task in ("one", "two") for target in needed.TARGETS
+                for fit in (0, 1)]
+        for row in rows:
+            if row["task"] == "two":
+                row["needed_edges"] = 10
+                if row["flags"] and row["target_loss"] == 0.15:
+                    row["weights"] = row["nodes"] = row["needed_edges"] = ""  # not reached
+                if not row["flags"] and (row["target_loss"], row["fit"]) == (5.0, 1):
+                    row["needed_edges"] = 40  # the raw one has 10
+                row["same_answer"] = 0.9 if row["flags"] else ""
+        circuit_sizes.add(needed.record, needed.COLUMNS, rows)
+    circuit_sizes.add(needed.record, needed.COLUMNS, [cell("", 1, "three", 5.0, 1, 9, 9)])
+    needed.report()
+    printed = capsys.readouterr().out.split("\n")
+    assert "| 0.15 | fitted | 1 | 16 -> 4 | 16 = 1 (1 to 1) -> 16 = 4 (4 to 4) |" in printed
+    assert "| 5.0 | fitted | 2 | 16 -> 6.32 | 16 = 1 (1 to 1) -> 12.6 = 2 (2 to 2) |" in printed
+    assert "| two | 5.0 | raw | 16 -> 10 | 16 = 1 (1 to 1) -> 10 = 1 (1 to 1) |" in printed
+    assert "| same_answer | 0.5 ± 0 | 0.7 ± 0 |" in printed
+    assert not any("three" in line or line.startswith("| two | 0.15") for line in printed)
+    assert os.path.getsize(needed.image) > 0
+
+
+def test_a_job_of_needed_edges_adds_what_is_missing(trained, small_needed, tasks_here, monkeypatch):
+    """A row for each target, fitted and raw: no more edges than weights, and the target kept on the contexts
+    that choose. A job that was stopped goes on after its last row."""
+    monkeypatch.setattr(needed, "SEARCH", needed.Search(steps=2))
+    monkeypatch.setattr(needed, "LADDER", (1e-2,))
+    monkeypatch.setattr(needed, "CONTEXTS", {"learning": 60, "choosing": 32, "judging": 40})
+    monkeypatch.setattr(needed, "TARGETS", (1e-6, 5.0))
+    monkeypatch.setattr(needed, "SHUFFLED_TASKS", ("one",))
+    needed.run_job("", 1, "one")
+    whole = circuit_sizes.read_rows(needed.record)
+    assert [(float(row["target_loss"]), row["fit"]) for row in whole] == [
+        (1e-6, "1"), (5.0, "1"), (1e-6, "0"), (5.0, "0")]
+    assert [bool(row["nodes"]) for row in whole] == [False, True] * 2
+    for row in whole[1::2]:
+        assert 0 <= int(row["needed_edges"]) <= int(row["weights"]) and float(row["train_loss"]) <= 5
+        assert 1 <= int(row["needed_nodes"]) <= int(row["nodes"])
+    assert [bool(row["same_answer"]) for row in whole] == [False, True, False, False]
+    assert whole[1]["shuffled_loss"] and whole[1]["same_hard"] == ""  # it has no families
+    os.remove(needed.record)
+    circuit_sizes.add(needed.record, needed.COLUMNS, whole[:3])
+    needed.run_job("", 1, "one")
+    again = circuit_sizes.read_rows(needed.record)
+    assert [row | {"cpu_seconds": ""} for row in again] == [row | {"cpu_seconds": ""} for row in whole]
+    monkeypatch.setattr(needed, "load", None)
+    needed.run_job("", 1, "one")
+
+
+def test_edges_that_go_by_chance_are_as_many(trained, tasks_here):
+    """None changes nothing; all leave the nodes alone."""
+    run = needed.load("out", device="cpu")
+    _, contexts, _ = Source(run, 60, 32, 40).three_sets(needed.read_task("one", run.tokenizer))
+    nodes = run.nodes()
+    gates = torch.ones(nodes.number)
+    number = needed.count(nodes, gates)["weights"]
+    assert needed.by_chance(nodes, gates, 0, contexts, True, 0) == pytest.approx(
+        needed.loss_at(nodes, contexts, gates), rel=1e-4)
+    inside = nodes.with_edges([edge[:4] for edge in nodes.edges_in(gates)])
+    none = torch.cat([gates, torch.zeros(number)])
+    assert needed.by_chance(nodes, gates, number, contexts, True, 0) == pytest.approx(
+        needed.loss_at(inside, contexts, none), rel=1e-4)
+    assert needed.by_chance(nodes, gates, number // 2, contexts, False, 0) != pytest.approx(
+        needed.loss_at(inside, contexts, gates=none, fit=False), rel=1e-4)
+
+
+def test_bad_input_to_needed(small_needed, monkeypatch, capsys):
+    """It ends the script with one line."""
+    for argument, error in (("--jobs=-1", "must not be negative"), ("--jobs=0", "no task that")):
+        monkeypatch.setattr(sys, "argv", ["needed", argument])
+        with pytest.raises(SystemExit):
+            needed.main()
         captured = capsys.readouterr().err
         assert error in captured and captured.count("\n") == 1
 

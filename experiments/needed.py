@@ -1,0 +1,351 @@
+"""Are circuits in weight-sparse models still smaller when idle edges do not count, and are they closer to
+their model?
+
+    python -m experiments.needed             # what needed.csv lacks, then tables and the figure
+    python -m experiments.needed --jobs=0    # run nothing: tables and the figure of what is recorded
+
+circuit_sizes.py, after figures 2 and 3 of Gao et al. 2025, counts every weight between two kept nodes. In a
+dense model all kept nodes are joined, needed or not. Here edges are removed on both sides while the target
+holds, by circuits/search.py's `needed`, with the fit and without. A job is a task in a model of
+circuit_sizes.py, which is trained if it is not there. All can be stopped at any time and started again: a
+training goes on from its checkpoint, and targets that are recorded are not searched for twice.
+"""
+import multiprocessing
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from circuits import controls as asked
+from circuits.figures import new_figure, plain, save
+from circuits.loaded import load
+from circuits.nodes import count
+from circuits.search import (
+    FIRST,
+    LADDER,
+    Search,
+    apply_fit,
+    bracketed,
+    fewest,
+    first_of,
+    fit_of,
+    learn_masks,
+    loss_at,
+    loss_of,
+    needed,
+)
+from circuits.tasks import Source, read_task
+from configurator import configure, ends_explained, fail, settings_of
+from experiments import circuit_sizes
+from experiments.ablations import last_of_log
+from experiments.circuit_sizes import SEEDS, describe, geometric_mean, table
+from runs import load_data
+
+jobs = os.cpu_count() or 1  # processes
+device = "auto"  # 'auto', 'cpu', 'cuda'
+tasks = "single_double_quote,quotes,string_end,quotes_comma,fstring_brace"  # by commas, in this order
+record = "experiments/needed.csv"
+image = "assets/circuits_needed.png"
+unseen = ""  # a folder of data/ with files that the models have not seen, prepared with their tokenizer
+
+MODELS = {label: flags for label, flags in (circuit_sizes.MODELS | circuit_sizes.SAME_LOSS).items()
+          if "steps" not in label}
+TARGETS = (0.05, 0.15, 0.3, 0.5)
+FAITHFUL = (0.15, 0.3)  # targets at which a circuit is compared with its model
+SHUFFLED_TASKS = ("single_double_quote",)  # in which a model of shuffled weights is searched too, at 0.15
+MASK_SEEDS = 2
+DRAWS = 5  # of edges removed by chance
+SEARCH = Search()
+CONTEXTS = {"choosing": 256, "judging": 512}
+COLUMNS = ("flags", "seed", "task", "pretraining_loss", "target_loss", "fit", "penalty",
+           "mask_seed", "nodes", "weights", "needed_nodes", "needed_edges", "train_loss", "val_loss",
+           "val_loss_fitted", "accuracy", "embedding", "unembedding", "chance_train_loss", "same_answer",
+           "same_hard", "same_unseen", "whole_hard", "resampled_loss", "attention_same", "shuffled_loss",
+           "shuffled_weights", "shuffled_edges", "cpu_seconds", "whole_train_loss")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# a job
+
+
+class Mask:
+    """An order of the nodes, by a learned mask, and the losses of the first of them, raw and fitted."""
+
+    def __init__(self, nodes, sets, penalty, mask_seed):
+        self.nodes, self.choosing, self.penalty, self.mask_seed = nodes, sets[1], penalty, mask_seed
+        [tau] = learn_masks(nodes, sets[0], [(penalty, mask_seed)], SEARCH)
+        self.order, self.seen = tau.argsort(descending=True, stable=True), {}
+
+    def loss(self, size, fit):
+        if size not in self.seen:
+            sides = self.choosing.sides()
+            logits = self.nodes.judge(self.choosing, first_of(self.order, size))
+            fitted = apply_fit(logits, sides, *fit_of(logits, sides))
+            self.seen[size] = {True: loss_of(fitted).mean().item(), False: loss_of(logits).mean().item()}
+        return self.seen[size][fit]
+
+    def fewest(self, target_loss, fit):
+        """The fewest nodes found that reach a target, or None."""
+        return fewest(lambda size: self.loss(size, fit), self.nodes.number, target_loss)[0]
+
+    def size(self):
+        """The geometric mean of these over all targets; one that is not reached counts as all nodes."""
+        return geometric_mean([self.fewest(t, True) or self.nodes.number for t in TARGETS])
+
+
+def learned(nodes, sets):
+    """Masks of bracketed penalties, and with other mask seeds at the best: a list of Mask."""
+    masks = {}
+
+    def attempt(penalty, mask_seed=0):
+        mask = masks[penalty, mask_seed] = Mask(nodes, sets, penalty, mask_seed)
+        return mask.size()
+
+    sizes = bracketed(attempt, LADDER, FIRST)
+    for mask_seed in range(1, MASK_SEEDS):
+        attempt(min(sizes, key=sizes.get), mask_seed)
+    return list(masks.values())
+
+
+def by_chance(nodes, gates, number, contexts, fit, seed):
+    """The mean loss of a circuit (gates of nodes) that loses so many of its edges by chance."""
+    generator, losses = torch.Generator().manual_seed(seed), []
+    nodes = nodes.with_edges([edge[:4] for edge in nodes.edges_in(gates)])
+    for _ in range(DRAWS):
+        less = torch.cat([gates, gates.new_ones(len(nodes.edges))])
+        less[nodes.nodes + torch.randperm(len(nodes.edges), generator=generator)[:number]] = 0
+        losses.append(loss_at(nodes, contexts, less, fit))
+    return float(np.mean(losses))
+
+
+def nearness(inside, gates, judging, fit, beyond, text, seed):
+    """How near a circuit is to its model: on its own task, on hard inputs and on `unseen` files."""
+    found = {"same_answer": asked.agreement(inside, gates, judging, fit)["same_answer"]}
+    families, unseen_files = beyond
+    of_families = [asked.agreement(inside, gates, contexts, fit) for contexts in families.values()]
+    if of_families:
+        found |= {"same_hard": np.mean([family["same_answer"] for family in of_families]),
+                  "whole_hard": np.mean([family["whole_right"] for family in of_families])}
+    if unseen_files:
+        found["same_unseen"] = asked.agreement(inside, gates, unseen_files, fit)["same_answer"]
+    resampled = asked.rest_otherwise(inside, gates, judging, text, fit, seed)
+    found["resampled_loss"] = resampled["as in another context of the task"]["loss"]
+    if heads := asked.attention_kept(inside, gates, judging):
+        found["attention_same"] = np.mean([head["same"] for head in heads.values()])
+    return {name: f"{value:.4f}" for name, value in found.items()}
+
+
+def shuffled_too(loaded, sets, mask, size, target_loss, seed):
+    """The same in a model of shuffled weights: the loss of as many nodes, how many weights are between them,
+    and how many are left when edges are removed while that loss, or the target, holds."""
+    nodes = replace(loaded, model=asked.shuffled_weights(loaded.model, seed)).nodes()
+    other = Mask(nodes, sets, mask.penalty, mask.mask_seed)
+    gates = first_of(other.order, size)
+    inside, left, _ = needed(nodes, gates, sets[1], max(target_loss, other.loss(size, True)))
+    return {"shuffled_loss": f"{other.loss(size, True):.4f}",
+            "shuffled_weights": count(nodes, gates)["weights"],
+            "shuffled_edges": count(inside, left)["edges"]}
+
+
+def search_one(nodes, masks, sets, target_loss, fit, seed):
+    """The row of a target, and what else is asked of its circuit: Nodes, gates, fit and the Mask; or the row
+    alone if no mask reaches the target."""
+    begun = time.process_time()
+    row = {"target_loss": target_loss, "fit": int(fit)}
+    reached = [mask for mask in masks if mask.fewest(target_loss, fit)]
+    if not reached:
+        return row, None
+    mask = min(reached, key=lambda mask: mask.fewest(target_loss, fit))
+    gates = first_of(mask.order, mask.fewest(target_loss, fit))
+    inside, left, path = needed(nodes, gates, sets[1], target_loss, fit)
+    parameters = fit_of(inside.judge(sets[1], left), sets[1].sides())
+    raw = inside.judge(sets[2], left)
+    fitted = apply_fit(raw, sets[2].sides(), *parameters)
+    found, now = count(nodes, gates), count(inside, left)
+    weights, gone = asked.embedding_weights(inside, left, sets[2]), found["weights"] - now["edges"]
+    row |= {"penalty": mask.penalty, "mask_seed": mask.mask_seed, "nodes": found["nodes"],
+            "weights": found["weights"], "needed_nodes": now["nodes"], "needed_edges": now["edges"],
+            "train_loss": f"{path[-1][2]:.4f}", "val_loss": f"{loss_of(raw).mean().item():.4f}",
+            "val_loss_fitted": f"{loss_of(fitted).mean().item():.4f}",
+            "accuracy": f"{asked.result(fitted if fit else raw)['accuracy']:.4f}",
+            "embedding": weights["embedding_of_tokens"], "unembedding": weights["unembedding_of_answers"],
+            "chance_train_loss": f"{by_chance(nodes, gates, gone, sets[1], fit, seed):.4f}",
+            "cpu_seconds": f"{time.process_time() - begun:.0f}"}
+    return row, (inside, left, parameters if fit else (1.0, 0.0), mask)
+
+
+def run_job(flags, seed, task):
+    """Train a model if need be, and add to the CSV what it lacks of the circuits of a task."""
+    there = {(float(row["target_loss"]), int(row["fit"])) for row in circuit_sizes.read_rows(record)
+             if (row["flags"], row["seed"], row["task"]) == (flags, str(seed), task)}
+    missing = [(t, fit) for fit in (True, False) for t in TARGETS if (t, int(fit)) not in there]
+    if not missing:
+        return
+    begun = time.process_time()
+    folder = circuit_sizes.train(flags, seed)
+    loaded = load(folder, device=device)
+    nodes, source = loaded.nodes(), Source(loaded, **CONTEXTS)
+    spec = read_task(task, loaded.tokenizer)
+    sets = source.three_sets(spec)
+    text = load_data(os.path.join("data", unseen), source.block_size) if unseen else None
+    beyond, families = source.beyond(spec, sets[2], text)
+    whole = loss_at(nodes, sets[1], torch.ones(nodes.number, device=nodes.device), fit=False)
+    row = {"flags": flags, "seed": seed, "task": task, "whole_train_loss": f"{whole:.4f}",
+           "pretraining_loss": f"{last_of_log(folder)['val/loss']:.4f}"}
+    masks = learned(nodes, sets)
+    for t, fit in missing:
+        found, circuit = search_one(nodes, masks, sets, t, fit, seed)
+        if circuit and fit and t in FAITHFUL:
+            inside, left, parameters, mask = circuit
+            found |= nearness(inside, left, sets[2], parameters, (families, beyond.get("unseen files")),
+                              beyond["ordinary text"], seed)
+            if task in SHUFFLED_TASKS and t == FAITHFUL[0]:
+                found |= shuffled_too(loaded, sets, mask, found["nodes"], t, seed)
+        circuit_sizes.add(record, COLUMNS, [row | found])
+    print(f"{row['pretraining_loss']} | {task} {whole:.3f} | seed {seed} | {flags} | "
+          f"{time.process_time() - begun:.0f} s of CPU", flush=True)
+
+
+def start_worker(settings):
+    """What a new process needs to know of this one."""
+    globals().update(settings)
+    circuit_sizes.start_worker({"jobs": jobs, "device": device})
+
+
+def run_jobs():
+    """All of them, `jobs` at a time. One that fails is reported; the others go on."""
+    todo = [(flags, seed, task) for task in tasks.split(",") for seed in SEEDS for flags in MODELS.values()]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker,
+                             (settings_of(globals()),)) as pool:
+        futures = {pool.submit(run_job, *job): job for job in todo}
+        for future in as_completed(futures):
+            if error := future.exception():
+                print(f"{futures[future]}: {error!r}", file=sys.stderr, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# what was found
+
+
+class Found:
+    """The recorded circuits of the tasks that were searched in all MODELS, at all seeds."""
+
+    def __init__(self, rows):
+        self.rows = {(row["task"], row["flags"], int(row["seed"]), float(row["target_loss"]),
+                      int(row["fit"])): row for row in rows}
+        self.tasks = [task for task in dict.fromkeys(task for task, *_ in self.rows) if all(
+            (task, flags, seed, t, fit) in self.rows for flags in MODELS.values() for seed in SEEDS
+            for t in TARGETS for fit in (0, 1))]
+
+    def reached(self, t, fit, tasks=None):
+        """Of `tasks`, or all, those in which every model reaches a target, at every seed."""
+        return [task for task in tasks or self.tasks if all(
+            self.rows[task, flags, seed, t, fit]["nodes"] for flags in MODELS.values() for seed in SEEDS)]
+
+    def fewest(self, column, task, flags, seed, t, fit):
+        """The least weights or needed edges with which a target was reached: a circuit that reaches a
+        stricter one, or the same without the fit, counts too."""
+        cells = [self.rows[task, flags, seed, stricter, with_fit][column] for stricter in TARGETS
+                 for with_fit in {fit, 0} if stricter <= t]
+        return min(max(int(cell), 1) for cell in cells if cell)  # 1 for the logarithm
+
+    def sizes(self, column, flags, t, fit, tasks):
+        """The geometric mean of these over tasks, for each seed."""
+        return [geometric_mean([self.fewest(column, task, flags, seed, t, fit) for task in tasks])
+                for seed in SEEDS]
+
+    def means(self, column, flags, t, tasks):
+        """The mean over tasks of what was measured of the fitted circuits, for each seed; NaN if nothing."""
+        cells = [[self.rows[task, flags, seed, t, 1][column] for task in tasks] for seed in SEEDS]
+        return [np.mean([float(cell) for cell in of_seed if cell] or np.nan) for of_seed in cells]
+
+
+def ratios(values, sparse):
+    return describe([value / other for value, other in zip(values, sparse, strict=True)])
+
+
+def spread(values):
+    """Mean and standard deviation over seeds, in words; '' if one has none."""
+    if not np.isfinite(values).all():
+        return ""
+    return f"{np.mean(values):.3g} ± {round(np.std(values, ddof=1), 9):.2g}"
+
+
+def print_sizes(found):
+    """Weights between kept nodes, and needed edges, over the tasks that all reach, and in each."""
+    def cells(t, fit, tasks):
+        for flags in MODELS.values():
+            both = []
+            for column in ("weights", "needed_edges"):
+                values, sparse = (found.sizes(column, f, t, fit, tasks) for f in (flags, ""))
+                both.append(f"{geometric_mean(values):,.3g}" + f" = {ratios(values, sparse)}" * bool(flags))
+            yield " -> ".join(both)
+
+    table(("target", "logits", "tasks", *MODELS), *(
+        (t, "fitted" if fit else "raw", len(tasks), *cells(t, fit, tasks)) for fit in (1, 0) for t in TARGETS
+        if (tasks := found.reached(t, fit))))
+    table(("task", "target", "logits", *MODELS), *(
+        (task, t, "fitted" if fit else "raw", *cells(t, fit, [task])) for fit in (1, 0)
+        for task in found.tasks for t in TARGETS if found.reached(t, fit, [task])))
+
+
+def print_nearness(found):
+    """How near the fitted circuits are to their models, and what they stand on: means over tasks."""
+    for t in FAITHFUL:
+        if tasks := found.reached(t, 1):
+            table((f"target {t:g}, {len(tasks)} tasks", *MODELS), *(
+                (column, *(spread(found.means(column, flags, t, tasks)) for flags in MODELS.values()))
+                for column in COLUMNS[COLUMNS.index("needed_nodes"):-2]))
+
+
+def draw(found):
+    """Both ways to count, beside each other: edges against target loss; bars over the seeds."""
+    figure, axes = new_figure(10, 4.5, ncols=2, sharey=True)
+    targets = [t for t in TARGETS if found.reached(t, 1)]
+    for axis, column, words in zip(axes, ("weights", "needed_edges"), (
+            "all weights between kept nodes", "needed edges alone"), strict=True):
+        for label, flags in MODELS.items():
+            values = np.array([found.sizes(column, flags, t, 1, found.reached(t, 1)) for t in targets])
+            middle = np.exp(np.log(values).mean(1))
+            axis.errorbar(targets, middle, [middle - values.min(1), values.max(1) - middle], marker="o",
+                          markersize=4, capsize=3, label=label)
+        axis.set(yscale="log", xscale="log", title=words, xlabel="target loss of the circuit")
+        axis.set_xticks(targets, [f"{t:g}\n{len(found.reached(t, 1))} tasks" for t in targets])
+        axis.minorticks_off()
+        plain(axis)
+    axes[0].set_ylabel("edges of the circuit, geometric mean")
+    axes[1].legend(frameon=False, fontsize=8)
+    save(figure, image)
+
+
+def report():
+    rows = circuit_sizes.read_rows(record)
+    found = Found(rows)
+    if not found.tasks:
+        fail(f"{record} has no task that was searched in all models and seeds: leave out --jobs=0")
+    losses = {label: [float(found.rows[found.tasks[0], flags, seed, TARGETS[0], 1]["pretraining_loss"])
+                      for seed in SEEDS] for label, flags in MODELS.items()}
+    table(("model", "flags", "val loss"), *(
+        (label, f"`{flags}`", spread(losses[label])) for label, flags in MODELS.items()))
+    print_sizes(found)
+    print_nearness(found)
+    print(f"{sum(float(row['cpu_seconds'] or 0) for row in rows) / 3600:.1f} core-hours of removal")
+    draw(found)
+
+
+@ends_explained("take fewer --jobs")
+def main():
+    configure(globals())
+    if jobs < 0:
+        fail(f"jobs={jobs} must not be negative")
+    if jobs:
+        run_jobs()
+    report()
+
+
+if __name__ == "__main__":
+    main()
