@@ -33,8 +33,7 @@ def path_of(name, beside="."):
     name = os.path.expanduser(name)
     name = name if name.endswith(".json") else f"{name}.json"
     found = os.path.join(beside, name)
-    return found if os.path.exists(found) or os.path.isabs(name) else os.path.join(
-        FOLDER, name.removeprefix("tasks/"))
+    return found if os.path.exists(found) else os.path.join(FOLDER, name.removeprefix("tasks/"))
 
 
 def read_task(name, tokenizer, beside="."):

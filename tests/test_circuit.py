@@ -467,6 +467,20 @@ def test_what_is_not_needed_is_removed(known):
     assert count(inside, needed)["edges"] == 3
 
 
+def test_what_is_not_needed_is_found_behind_what_is(known, monkeypatch):
+    """However wrong the estimates are: then all candidates are measured, and the cheapest of them once more,
+    on all contexts."""
+    nodes, contexts = nodes_of(known), some_contexts(64, seed=1)
+    gates = gates_of(nodes, KNOWN)
+    gates[torch.randperm(nodes.number, generator=torch.Generator().manual_seed(1))[:30]] = 1
+    right = search.estimated_costs
+    monkeypatch.setattr(search, "estimated_costs", lambda *args: -right(*args))
+    monkeypatch.setattr(search, "MEASURED", 2)
+    monkeypatch.setattr(search, "QUICKLY", 16)
+    inside, needed, _ = search.needed(nodes, gates, contexts, 0.15, fit=False)
+    assert inside.kept(needed) == KNOWN and len(inside.edges_in(needed)) == 3
+
+
 def test_a_circuit_loses_edges_though_its_nodes_stay(known):
     """An idle weight between two nodes that are needed is removed, and both numbers are counted."""
     known.transformer.h[0].attn.c_attn.weight[16, 3] = 1e-3  # value 0 reads channel 3 too, hardly
@@ -539,18 +553,24 @@ def test_penalties_are_found_and_then_the_other_seeds_tried(known):
     assert len(again) == 1 and torch.equal(again[0]["gates"], runs[0]["gates"])
 
 
-def test_a_constant_node_becomes_a_bias(known):
-    """A query that nothing kept speaks to is no node: its value stays, and the loss with it."""
+@pytest.mark.parametrize("varies", [0, 0.015])
+def test_a_constant_node_becomes_a_bias(known, varies):
+    """A query that nothing kept speaks to is no node: its value stays, and the loss with it. Nor is one that
+    varies by a hundredth of what it is."""
+    known.transformer.h[0].attn.c_attn.weight[0, 0] = varies
     nodes, contexts = nodes_of(known), some_contexts(64, seed=1)
     with_query = {"0.attn.attn_q": [0]} | KNOWN
     nodes = nodes.with_value("0.attn.attn_q", 0, 0.0)  # without its bias the head looks nowhere
     gates = gates_of(nodes, with_query)
     before = search.loss_at(nodes, contexts, gates, fit=False)
     assert search.loss_at(nodes, contexts, gates_of(nodes, KNOWN), fit=False) > before + 0.1
+    if varies:
+        query = nodes.activations(contexts, gates)["0.attn.attn_q"][:, 0]
+        assert 2 * search.CONSTANT < query.var() < 8 * search.CONSTANT and query.mean() > 3.9
     inside, needed, path = search.needed(nodes, gates, contexts, 0.15, fit=False)
     assert inside.kept(needed) == KNOWN
-    assert inside.ablated["0.attn.attn_q"][0].item() == pytest.approx(4, rel=1e-4)
-    assert path[-1][2] == pytest.approx(before, abs=1e-4)
+    assert inside.ablated["0.attn.attn_q"][0].item() == pytest.approx(4, rel=1e-2)
+    assert path[-1][2] == pytest.approx(before, abs=1e-3)
     assert nodes.ablated["0.attn.attn_q"][0] == 0
     size = count(inside, needed)
     assert path[-1][:2] == [size["nodes"], size["edges"]] == [5, 3]
