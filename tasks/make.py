@@ -98,8 +98,7 @@ def bracket_counting(draw, part):
 
 TEMPLATES = {  # what else the task's file says
     single_double_quote: {"beyond": ["quotes"]}, string_end: {"beyond": ["quotes_line"]},
-    for_if: {"target_loss": 0.2}, for_while: {"target_loss": 0.3}, fstring_brace: {},
-    subscript_or_call: {"target_loss": 0.27}}
+    for_if: {}, for_while: {"target_loss": 0.2}, fstring_brace: {}, subscript_or_call: {}}
 RELEASED = {bracket_counting: {}}  # in the released models' tokenizer, not in ours, ]] and ⏎ are one token
 
 
