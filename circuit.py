@@ -25,8 +25,6 @@ from circuits.loaded import load
 from circuits.nodes import count
 from circuits.tasks import FEWEST, Source, contexts_record, joined_otherwise, prompts_record, read_task
 from configurator import check_rules, configure, ends_explained, fail, settings_of
-from runs import data_folder, load_data
-from tokenizer import tokenizer_in
 
 out_dir = "out"  # of the training run; or the folder of a released model
 checkpoint = "ckpt.pt"  # in out_dir: 'ckpt.pt' is the latest, 'best.pt' the sparsest of least val loss
@@ -80,11 +78,9 @@ def all_contexts(loaded):
     ones; of the nonsense task, or None. Ends the script if there are too few."""
     source = Source(loaded, steps * batch_size, choosing_contexts, judging_contexts, seed)
     text, others = None, None
-    if unseen:
-        text = load_data(data_folder(unseen), loaded.model.config.block_size)
-        if text.meta["tokenizer_sha256"] != loaded.data.meta["tokenizer_sha256"]:
-            fail(f"data/{unseen} has another tokenizer: prepare it with --tokenizer={tokenizer_in(out_dir)}")
     try:
+        if unseen:
+            text = loaded.other_data(unseen)
         spec = read_task(task, loaded.tokenizer)
         sets = source.three_sets(spec)
     except ValueError as e:

@@ -65,6 +65,14 @@ class Loaded:
         blocks, width = self.model.config.n_layer, self.model.config.d_model
         return f"<model of {self.path}: {blocks} blocks, d_model {width}, on {self.dataset}>"
 
+    def other_data(self, name):
+        """The runs.Data of data/NAME; ValueError if it was not prepared with the model's tokenizer."""
+        data = runs.load_data(runs.data_folder(name), self.model.config.block_size)
+        if data.meta["tokenizer_sha256"] != self.data.meta["tokenizer_sha256"]:
+            own = tokenizer_in(runs.data_folder(self.dataset))
+            raise ValueError(f"data/{name} has another tokenizer: prepare it with --tokenizer={own}")
+        return data
+
     def encode(self, text):
         """The token ids of a text, a list that begins with <|endoftext|>, as in the tasks of templates."""
         return [self.tokenizer.eot_token, *self.tokenizer.encode(text, disallowed_special=())]

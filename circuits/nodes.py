@@ -5,7 +5,6 @@ nonzero weight that joins two kept nodes. All of it goes through forward hooks o
 there is no forward pass here.
 """
 import copy
-import itertools
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -249,8 +248,8 @@ class Nodes:
 
     @torch.no_grad()
     def until_read(self, contexts, gates):
-        """What the last block gets and what its attention reads, at the last tokens, all that depends on the
-        gates `is_early`: for each batch of contexts (n, 1, d_model) and (n, 1, n_head * d_head)."""
+        """What the last block gets and what its attention reads, at the last tokens: for each batch of
+        contexts (n, 1, d_model) and (n, 1, n_head * d_head). They depend on no gate but those `is_early`."""
         block, found = self.model.transformer.h[-1], []
         for batch in contexts.batches():
             seen, last = [], (torch.arange(len(batch), device=self.device), batch.last)
@@ -271,8 +270,9 @@ class Nodes:
     @torch.no_grad()
     def judge(self, contexts, gates, known=None):
         """`logits` for many contexts, without gradients. `known`, if given, is from `until_read`."""
-        batches = zip(contexts.batches(), known or itertools.repeat(None), strict=False)
-        return torch.cat([self.logits(batch, gates, known=of_batch) for batch, of_batch in batches])
+        batches = [*contexts.batches()]
+        return torch.cat([self.logits(batch, gates, known=of_batch) for batch, of_batch in zip(
+            batches, known or [None] * len(batches), strict=True)])
 
     @torch.no_grad()
     def attention(self, contexts, gates, block):
@@ -340,9 +340,8 @@ def count(nodes, gates):
     for read, written, weight, bias in matrices(nodes.model):
         number["weights"] += int(weight[kept[written]][:, kept[read]].count_nonzero())
         number["biases"] += 0 if bias is None else int(bias[kept[written]].count_nonzero())
-    removed = [e for e in range(len(nodes.edges)) if gates[nodes.nodes + e] == 0
-               and gates[nodes.ends[e]].ne(0).all()]
-    number["edges"] = number["weights"] - len(removed)
+    removed = (gates[nodes.nodes:] == 0) & gates[nodes.ends].ne(0).all(1)
+    number["edges"] = number["weights"] - int(removed.sum())
     for key, weight, end in (("embedding", nodes.model.transformer.wte.weight, "_in"),
                              ("unembedding", nodes.model.lm_head.weight, "_out")):
         channels = torch.stack([k for name, k in kept.items() if name.endswith(end)]).any(0)

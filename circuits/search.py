@@ -242,14 +242,14 @@ class Removal:
         self.note(self.loss(self.gates, self.contexts))
 
     def loss(self, gates, contexts):
-        """The loss of other gates. Up to where they differ first from self.gates, nothing is computed twice:
-        what the last block's attention reads is kept."""
+        """The loss of other gates. If they differ from self.gates only after the last block's attention has
+        read, what it reads is not computed again."""
         known = None
         if torch.equal(gates[self.early], self.gates[self.early]):
-            before, known = self.known.get(len(contexts), (None, None))
+            before, known = self.known.get(contexts is self.some, (None, None))
             if before is None or not torch.equal(before, gates[self.early]):
                 known = self.nodes.until_read(contexts, gates)
-                self.known[len(contexts)] = gates[self.early], known
+                self.known[contexts is self.some] = gates[self.early], known
         return loss_at(self.nodes, contexts, gates, self.fit, known)
 
     def note(self, loss):

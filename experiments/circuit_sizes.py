@@ -200,11 +200,11 @@ def start_worker(settings):
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-def run_jobs():
-    """All of them, `jobs` at a time. One that fails is reported; the others go on."""
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker,
-                             (settings_of(globals()),)) as pool:
-        futures = {pool.submit(run_job, *job): job for job in all_jobs()}
+def run_all(run, todo, processes, start, settings):
+    """run(*job) for each job of a list, in so many processes, each of which begins with start(settings). A
+    job that fails is reported; the others go on."""
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), start, (settings,)) as pool:
+        futures = {pool.submit(run, *job): job for job in todo}
         for future in as_completed(futures):
             if error := future.exception():
                 print(f"{futures[future]}: {error!r}", file=sys.stderr, flush=True)
@@ -390,6 +390,14 @@ def figure(path, **labels):
     save(figure, path)
 
 
+def draw_means(axis, values, label):
+    """A line through the geometric means of values, x -> list, with bars that reach over each list."""
+    middle = np.array([geometric_mean(some) for some in values.values()])
+    least, most = (np.array([end(some) for some in values.values()]) for end in (min, max))
+    bars = [(middle - least).clip(0), (most - middle).clip(0)]  # less than 0 by rounding, if all are alike
+    axis.errorbar([*values], middle, bars, marker="o", markersize=4, capsize=3, label=label)
+
+
 def draw_targets(found, compared):
     """Figure 2: edges against target loss. The bars reach over the seeds."""
     common = {target: found.common(compared.values(), target) for target in TARGETS}
@@ -397,10 +405,7 @@ def draw_targets(found, compared):
                 ylabel="edges of the circuit, geometric mean", xscale="log") as axis:
         for label, flags in compared.items():
             edges = {t: [*found.edges(flags, tasks, t).values()] for t, tasks in common.items() if tasks}
-            middle = np.array([geometric_mean(values) for values in edges.values()])
-            bars = [middle - [min(v) for v in edges.values()], [max(v) for v in edges.values()] - middle]
-            axis.errorbar([*edges], middle, bars, marker="o", markersize=4, capsize=3,
-                          label=f"{label}, n = {len(found.seeds(flags))}")
+            draw_means(axis, edges, f"{label}, n = {len(found.seeds(flags))}")
         axis.set_xticks(TARGETS, [f"{t:g}\n{len(tasks) or 'no'} tasks" for t, tasks in common.items()])
         axis.minorticks_off()
 
@@ -411,13 +416,10 @@ def draw_widths(n, points):
                 ylabel=f"edges at loss {widths_target:g}, geometric mean over {n} tasks") as axis:
         for d_model in sorted({point[0] for point in points}):
             line = [point[1:] for point in points if point[0] == d_model]
-            middle = np.array([geometric_mean(edges) for *_, edges in line])
-            bars = [middle - [min(edges) for *_, edges in line], [max(edges) for *_, edges in line] - middle]
-            axis.errorbar([x for _, x, _ in line], middle, bars, marker="o", markersize=4, capsize=3,
-                          label=f"d_model {d_model}")
-            for (l0, x, edges), y in zip(line, middle, strict=True):
-                axis.annotate(f"{l0}, n = {len(edges)}", (x, y), (5, 5), textcoords="offset points",
-                              fontsize=8)
+            draw_means(axis, {x: edges for _, x, edges in line}, f"d_model {d_model}")
+            for l0, x, edges in line:
+                axis.annotate(f"{l0}, n = {len(edges)}", (x, geometric_mean(edges)), (5, 5),
+                              textcoords="offset points", fontsize=8)
 
 
 def report():
@@ -442,7 +444,7 @@ def main():
     if widths_target not in TARGETS:
         fail(f"widths_target={widths_target} must be one of {TARGETS}")
     if jobs:
-        run_jobs()
+        run_all(run_job, all_jobs(), jobs, start_worker, settings_of(globals()))
     report()
 
 

@@ -6,15 +6,16 @@ their model?
 
 circuit_sizes.py, after figures 2 and 3 of Gao et al. 2025, counts every weight between two kept nodes. In a
 dense model all kept nodes are joined, needed or not. Here edges are removed on both sides while the target
-holds, by circuits/search.py's `needed`, with the fit and without. A job is a task in a model of
-circuit_sizes.py, which is trained if it is not there. All can be stopped at any time and started again: a
-training goes on from its checkpoint, and targets that are recorded are not searched for twice.
+holds, by circuits/search.py's `needed`, with the fit and without.
+
+A job is a task in a model of circuit_sizes.py, which is trained if it is not there. Its masks, of bracketed
+penalties and of a second seed at the best, serve all targets: of those that reach one the fewest nodes lose
+what is idle. That is once; circuit.py tries four times. All can be stopped at any time and started again: a
+training goes on from its checkpoint, and targets that are recorded are not searched for twice (so give
+--unseen from the first call on).
 """
-import multiprocessing
 import os
-import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 
 import numpy as np
@@ -38,22 +39,22 @@ from circuits.search import (
     loss_of,
     needed,
 )
-from circuits.tasks import Source, read_task
+from circuits.tasks import Source, not_found, path_of, read_task
 from configurator import configure, ends_explained, fail, settings_of
 from experiments import circuit_sizes
 from experiments.ablations import last_of_log
-from experiments.circuit_sizes import SEEDS, describe, geometric_mean, table
-from runs import load_data
+from experiments.circuit_sizes import SEEDS, describe, draw_means, geometric_mean, table
+from runs import data_folder
 
 jobs = os.cpu_count() or 1  # processes
 device = "auto"  # 'auto', 'cpu', 'cuda'
-tasks = "single_double_quote,quotes,string_end,quotes_comma,fstring_brace"  # by commas, in this order
+tasks = "single_double_quote,string_end,fstring_brace,for_if,quotes"  # to search for, by commas
 record = "experiments/needed.csv"
 image = "assets/circuits_needed.png"
 unseen = ""  # a folder of data/ with files that the models have not seen, prepared with their tokenizer
 
 MODELS = {label: flags for label, flags in (circuit_sizes.MODELS | circuit_sizes.SAME_LOSS).items()
-          if "steps" not in label}
+          if "fewer steps" not in label}  # those are the training of another, cut short
 TARGETS = (0.05, 0.15, 0.3, 0.5)
 FAITHFUL = (0.15, 0.3)  # targets at which a circuit is compared with its model
 SHUFFLED_TASKS = ("single_double_quote",)  # in which a model of shuffled weights is searched too, at 0.15
@@ -61,11 +62,12 @@ MASK_SEEDS = 2
 DRAWS = 5  # of edges removed by chance
 SEARCH = Search()
 CONTEXTS = {"choosing": 256, "judging": 512}
-COLUMNS = ("flags", "seed", "task", "pretraining_loss", "target_loss", "fit", "penalty",
-           "mask_seed", "nodes", "weights", "needed_nodes", "needed_edges", "train_loss", "val_loss",
-           "val_loss_fitted", "accuracy", "embedding", "unembedding", "chance_train_loss", "same_answer",
-           "same_hard", "same_unseen", "whole_hard", "resampled_loss", "attention_same", "shuffled_loss",
-           "shuffled_weights", "shuffled_edges", "cpu_seconds", "whole_train_loss")
+OF_A_CIRCUIT = (
+    "needed_nodes", "needed_edges", "train_loss", "val_loss", "val_loss_fitted", "accuracy", "embedding",
+    "unembedding", "chance_train_loss", "same_answer", "same_hard", "same_unseen", "whole_hard",
+    "resampled_loss", "attention_same", "shuffled_loss", "shuffled_weights", "shuffled_edges")
+COLUMNS = ("flags", "seed", "task", "pretraining_loss", "target_loss", "fit", "penalty", "mask_seed",
+           "nodes", "weights", *OF_A_CIRCUIT, "cpu_seconds", "whole_train_loss")  # never empty: read_rows
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -93,7 +95,7 @@ class Mask:
         return fewest(lambda size: self.loss(size, fit), self.nodes.number, target_loss)[0]
 
     def size(self):
-        """The geometric mean of these over all targets; one that is not reached counts as all nodes."""
+        """The geometric mean of the fewest nodes over all targets, fitted; all nodes where one is missed."""
         return geometric_mean([self.fewest(t, True) or self.nodes.number for t in TARGETS])
 
 
@@ -112,7 +114,7 @@ def learned(nodes, sets):
 
 
 def by_chance(nodes, gates, number, contexts, fit, seed):
-    """The mean loss of a circuit (gates of nodes) that loses so many of its edges by chance."""
+    """The mean loss of a circuit (gates of nodes) that keeps all nodes and loses so many edges by chance."""
     generator, losses = torch.Generator().manual_seed(seed), []
     nodes = nodes.with_edges([edge[:4] for edge in nodes.edges_in(gates)])
     for _ in range(DRAWS):
@@ -122,14 +124,14 @@ def by_chance(nodes, gates, number, contexts, fit, seed):
     return float(np.mean(losses))
 
 
-def nearness(inside, gates, judging, fit, beyond, text, seed):
-    """How near a circuit is to its model: on its own task, on hard inputs and on `unseen` files."""
+def nearness(inside, gates, judging, fit, families, unseen_files, text, seed):
+    """How near a circuit is to its model: on its own task, on families of hard inputs, on files that neither
+    has seen; when the rest is as in another context; and how much of its heads' attention is the same."""
     found = {"same_answer": asked.agreement(inside, gates, judging, fit)["same_answer"]}
-    families, unseen_files = beyond
-    of_families = [asked.agreement(inside, gates, contexts, fit) for contexts in families.values()]
-    if of_families:
-        found |= {"same_hard": np.mean([family["same_answer"] for family in of_families]),
-                  "whole_hard": np.mean([family["whole_right"] for family in of_families])}
+    hard = [asked.agreement(inside, gates, contexts, fit) for contexts in families.values()]
+    if hard:
+        found |= {"same_hard": np.mean([family["same_answer"] for family in hard]),
+                  "whole_hard": np.mean([family["whole_right"] for family in hard])}
     if unseen_files:
         found["same_unseen"] = asked.agreement(inside, gates, unseen_files, fit)["same_answer"]
     resampled = asked.rest_otherwise(inside, gates, judging, text, fit, seed)
@@ -191,8 +193,7 @@ def run_job(flags, seed, task):
     nodes, source = loaded.nodes(), Source(loaded, **CONTEXTS)
     spec = read_task(task, loaded.tokenizer)
     sets = source.three_sets(spec)
-    text = load_data(os.path.join("data", unseen), source.block_size) if unseen else None
-    beyond, families = source.beyond(spec, sets[2], text)
+    beyond, families = source.beyond(spec, sets[2], loaded.other_data(unseen) if unseen else None)
     whole = loss_at(nodes, sets[1], torch.ones(nodes.number, device=nodes.device), fit=False)
     row = {"flags": flags, "seed": seed, "task": task, "whole_train_loss": f"{whole:.4f}",
            "pretraining_loss": f"{last_of_log(folder)['val/loss']:.4f}"}
@@ -201,7 +202,7 @@ def run_job(flags, seed, task):
         found, circuit = search_one(nodes, masks, sets, t, fit, seed)
         if circuit and fit and t in FAITHFUL:
             inside, left, parameters, mask = circuit
-            found |= nearness(inside, left, sets[2], parameters, (families, beyond.get("unseen files")),
+            found |= nearness(inside, left, sets[2], parameters, families, beyond.get("unseen files"),
                               beyond["ordinary text"], seed)
             if task in SHUFFLED_TASKS and t == FAITHFUL[0]:
                 found |= shuffled_too(loaded, sets, mask, found["nodes"], t, seed)
@@ -215,16 +216,6 @@ def start_worker(settings):
     globals().update(settings)
     circuit_sizes.start_worker({"jobs": jobs, "device": device})
 
-
-def run_jobs():
-    """All of them, `jobs` at a time. One that fails is reported; the others go on."""
-    todo = [(flags, seed, task) for task in tasks.split(",") for seed in SEEDS for flags in MODELS.values()]
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker,
-                             (settings_of(globals()),)) as pool:
-        futures = {pool.submit(run_job, *job): job for job in todo}
-        for future in as_completed(futures):
-            if error := future.exception():
-                print(f"{futures[future]}: {error!r}", file=sys.stderr, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -248,41 +239,41 @@ class Found:
 
     def fewest(self, column, task, flags, seed, t, fit):
         """The least weights or needed edges with which a target was reached: a circuit that reaches a
-        stricter one, or the same without the fit, counts too."""
+        stricter one, or does without the fit, counts too. None counts as one, for the logarithm."""
         cells = [self.rows[task, flags, seed, stricter, with_fit][column] for stricter in TARGETS
                  for with_fit in {fit, 0} if stricter <= t]
-        return min(max(int(cell), 1) for cell in cells if cell)  # 1 for the logarithm
+        return min(max(int(cell), 1) for cell in cells if cell)
 
     def sizes(self, column, flags, t, fit, tasks):
         """The geometric mean of these over tasks, for each seed."""
         return [geometric_mean([self.fewest(column, task, flags, seed, t, fit) for task in tasks])
                 for seed in SEEDS]
 
-    def means(self, column, flags, t, tasks):
-        """The mean over tasks of what was measured of the fitted circuits, for each seed; NaN if nothing."""
-        cells = [[self.rows[task, flags, seed, t, 1][column] for task in tasks] for seed in SEEDS]
-        return [np.mean([float(cell) for cell in of_seed if cell] or np.nan) for of_seed in cells]
-
-
-def ratios(values, sparse):
-    return describe([value / other for value, other in zip(values, sparse, strict=True)])
+    def measured(self, column, t, tasks):
+        """What was measured of the fitted circuits of all models and seeds: the number of tasks in which it
+        was, and for each model the mean over these for each seed."""
+        cells = {(task, flags, seed): self.rows[task, flags, seed, t, 1][column]
+                 for task in tasks for flags in MODELS.values() for seed in SEEDS}
+        tasks = [task for task in tasks if all(cell for at, cell in cells.items() if at[0] == task)]
+        return len(tasks), [[np.mean([float(cells[task, flags, seed]) for task in tasks]) for seed in SEEDS]
+                            for flags in MODELS.values() if tasks]
 
 
 def spread(values):
-    """Mean and standard deviation over seeds, in words; '' if one has none."""
-    if not np.isfinite(values).all():
-        return ""
-    return f"{np.mean(values):.3g} ± {round(np.std(values, ddof=1), 9):.2g}"
+    """Mean and standard deviation over seeds, in words."""
+    return f"{np.mean(values):.3g} ± {np.std(values, ddof=1):.1g}"
 
 
 def print_sizes(found):
-    """Weights between kept nodes, and needed edges, over the tasks that all reach, and in each."""
+    """For each model: weights between kept nodes -> needed edges, over the tasks that all reach, and in each
+    of these; behind it how many times the sparse model's, with the range over seeds."""
     def cells(t, fit, tasks):
         for flags in MODELS.values():
             both = []
             for column in ("weights", "needed_edges"):
                 values, sparse = (found.sizes(column, f, t, fit, tasks) for f in (flags, ""))
-                both.append(f"{geometric_mean(values):,.3g}" + f" = {ratios(values, sparse)}" * bool(flags))
+                times = [value / other for value, other in zip(values, sparse, strict=True)]
+                both.append(f"{geometric_mean(values):,.3g}" + f" [{describe(times)}]" * bool(flags))
             yield " -> ".join(both)
 
     table(("target", "logits", "tasks", *MODELS), *(
@@ -293,13 +284,12 @@ def print_sizes(found):
         for task in found.tasks for t in TARGETS if found.reached(t, fit, [task])))
 
 
-def print_nearness(found):
-    """How near the fitted circuits are to their models, and what they stand on: means over tasks."""
+def print_measured(found):
+    """What was measured of the fitted circuits, and in how many tasks: means over these."""
     for t in FAITHFUL:
-        if tasks := found.reached(t, 1):
-            table((f"target {t:g}, {len(tasks)} tasks", *MODELS), *(
-                (column, *(spread(found.means(column, flags, t, tasks)) for flags in MODELS.values()))
-                for column in COLUMNS[COLUMNS.index("needed_nodes"):-2]))
+        rows = {column: found.measured(column, t, found.reached(t, 1)) for column in OF_A_CIRCUIT}
+        table((f"target {t:g}", "tasks", *MODELS), *(
+            (column, n, *map(spread, values)) for column, (n, values) in rows.items() if n))
 
 
 def draw(found):
@@ -309,10 +299,8 @@ def draw(found):
     for axis, column, words in zip(axes, ("weights", "needed_edges"), (
             "all weights between kept nodes", "needed edges alone"), strict=True):
         for label, flags in MODELS.items():
-            values = np.array([found.sizes(column, flags, t, 1, found.reached(t, 1)) for t in targets])
-            middle = np.exp(np.log(values).mean(1))
-            axis.errorbar(targets, middle, [middle - values.min(1), values.max(1) - middle], marker="o",
-                          markersize=4, capsize=3, label=label)
+            draw_means(axis, {t: found.sizes(column, flags, t, 1, found.reached(t, 1)) for t in targets},
+                       label)
         axis.set(yscale="log", xscale="log", title=words, xlabel="target loss of the circuit")
         axis.set_xticks(targets, [f"{t:g}\n{len(found.reached(t, 1))} tasks" for t in targets])
         axis.minorticks_off()
@@ -332,9 +320,10 @@ def report():
     table(("model", "flags", "val loss"), *(
         (label, f"`{flags}`", spread(losses[label])) for label, flags in MODELS.items()))
     print_sizes(found)
-    print_nearness(found)
+    print_measured(found)
     print(f"{sum(float(row['cpu_seconds'] or 0) for row in rows) / 3600:.1f} core-hours of removal")
-    draw(found)
+    if any(found.reached(t, 1) for t in TARGETS):
+        draw(found)
 
 
 @ends_explained("take fewer --jobs")
@@ -342,8 +331,15 @@ def main():
     configure(globals())
     if jobs < 0:
         fail(f"jobs={jobs} must not be negative")
+    for task in tasks.split(","):
+        if not os.path.exists(path_of(task)):
+            fail(not_found(task, "."))
     if jobs:
-        run_jobs()
+        if unseen:
+            data_folder(unseen)  # ends the script if it is not there
+        todo = [(flags, seed, task) for task in tasks.split(",") for seed in SEEDS
+                for flags in MODELS.values()]
+        circuit_sizes.run_all(run_job, todo, jobs, start_worker, settings_of(globals()))
     report()
 
 

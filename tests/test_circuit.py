@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from circuits.figures import save
 from circuits.nodes import Contexts, Nodes, count, hooks, means_over, node_sites, survival
 from circuits.tasks import joined_otherwise, path_of, read_task
 from conftest import REPO, read, run, tree
+from experiments import needed
 from model import GPT, GPTConfig
 from test_sparsity import some_tokens, tiny_model
 
@@ -620,6 +622,35 @@ def test_fewer_edges_count_before_fewer_nodes(known, monkeypatch):
             for i in (1, 2)]
     *_, path = search.smallest(nodes, runs, some_contexts(4), 0.15)
     assert path[-1] == [6, 3, 0.1] and next(sizes, None) is None
+
+
+@pytest.mark.parametrize("fit", [True, False])
+def test_a_recorded_row_is_what_its_circuit_says(known, fit):
+    """Of experiments/needed.py: the smallest of the masks that reach the target, less what is idle; losses
+    and accuracy on the contexts that judge, with the fit of those that choose."""
+    nodes, sets = nodes_of(known), [None, some_contexts(64, seed=1), some_contexts(50, seed=2)]
+    gates = gates_of(nodes, KNOWN)
+    gates[torch.randperm(nodes.number, generator=torch.Generator().manual_seed(1))[:30]] = 1
+    order, size = gates.argsort(descending=True, stable=True), int(gates.sum())
+    masks = [SimpleNamespace(order=order, penalty=0.1, mask_seed=0, fewest=lambda t, fit: None),
+             SimpleNamespace(order=order.flip(0), penalty=0.2, mask_seed=1, fewest=lambda t, fit: size + 1),
+             SimpleNamespace(order=order, penalty=0.3, mask_seed=2, fewest=lambda t, fit: size)]
+    row, (inside, left, parameters, mask) = needed.search_one(nodes, masks, sets, 0.15, fit, 0)
+    assert mask is masks[2] and (row["penalty"], row["mask_seed"], row["nodes"]) == (0.3, 2, size)
+    assert row["weights"] == count(nodes, gates)["weights"] > row["needed_edges"] == 3
+    assert row["needed_nodes"] == 5 and inside.kept(left) == KNOWN
+    best = search.fit_of(inside.judge(sets[1], left), sets[1].sides())
+    assert parameters == (best if fit else (1.0, 0.0))
+    logits = inside.judge(sets[2], left)
+    fitted = search.apply_fit(logits, sets[2].sides(), *best)
+    assert float(row["train_loss"]) == pytest.approx(search.loss_at(inside, sets[1], left, fit), abs=1e-4)
+    for column, of in (("val_loss", logits), ("val_loss_fitted", fitted)):
+        assert float(row[column]) == pytest.approx(search.loss_of(of).mean().item(), abs=1e-4)
+    right = ((fitted if fit else logits).diff(dim=1) < 0).float().mean().item()
+    assert float(row["accuracy"]) == pytest.approx(right, abs=1e-4)
+    assert float(row["chance_train_loss"]) > 2 * float(row["train_loss"])
+    assert needed.search_one(nodes, masks[:1], sets, 0.15, fit, 0) == (
+        {"target_loss": 0.15, "fit": int(fit)}, None)
 
 
 def test_costs_are_what_removal_costs(known):
