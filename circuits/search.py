@@ -231,11 +231,13 @@ def estimated_costs(nodes, contexts, gates, fit=True):
 
 
 class Removal:
-    """A circuit that gets smaller: Nodes with the edges between those of `gates`, and gates of both."""
+    """A circuit that gets smaller: Nodes with its edges, and gates of both."""
 
     def __init__(self, nodes, gates, contexts, target, fit):
-        self.nodes = nodes.with_edges([edge[:4] for edge in nodes.edges_in(gates)])
-        self.gates = torch.cat([gates[:nodes.nodes], gates.new_ones(len(self.nodes.edges))])
+        self.nodes, self.gates = nodes, gates
+        if not nodes.edges:
+            self.nodes = nodes.with_edges([edge[:4] for edge in nodes.edges_in(gates)])
+            self.gates = torch.cat([gates, gates.new_ones(len(self.nodes.edges))])
         self.contexts, self.target, self.fit = contexts, target, fit
         self.some = contexts[torch.arange(min(QUICKLY, len(contexts)), device=contexts.idx.device)]
         self.early, self.known, self.path = self.nodes.is_early(), {}, []
@@ -294,8 +296,9 @@ class Removal:
 
 
 def needed(nodes, gates, contexts, target, fit=True):
-    """Remove edges and nodes from a circuit (gates of nodes alone) while its loss on `contexts` is at most
-    `target`. Returns Nodes with its edges and gates for both, and the path: [nodes, edges, loss], ....
+    """Remove edges and nodes from a circuit while its loss on `contexts` is at most `target`. It is given by
+    the gates of its nodes, or is what this returned for a stricter target. Returns Nodes with its edges,
+    gates for both, and the path: [nodes, edges, loss], ....
 
     In each round the candidates of least estimated cost are measured alone, on some of the contexts; as many
     of the cheapest go together as the target allows on all. When not even one of them may go, all candidates

@@ -9,8 +9,9 @@ dense model all kept nodes are joined, needed or not. Here edges are removed on 
 holds, by circuits/search.py's `needed`, with the fit and without.
 
 A job is a task in a model of circuit_sizes.py, which is trained if it is not there. Its masks, of bracketed
-penalties and of a second seed at the best, serve all targets: of those that reach one the fewest nodes lose
-what is idle. That is once; circuit.py tries four times. All can be stopped at any time and started again: a
+penalties and of a second seed at the best, serve all targets. What is idle is removed from twice the fewest
+nodes that reach a target, and from what was left at the target before: the fewest nodes themselves leave a
+dense model no room, and end with more edges. All can be stopped at any time and started again: a
 training goes on from its checkpoint, and targets that are recorded are not searched for twice (so give
 --unseen from the first call on).
 """
@@ -59,6 +60,7 @@ TARGETS = (0.05, 0.15, 0.3, 0.5)
 FAITHFUL = (0.15, 0.3)  # targets at which a circuit is compared with its model
 SHUFFLED_TASKS = ("single_double_quote",)  # in which a model of shuffled weights is searched too, at 0.15
 MASK_SEEDS = 2
+MORE = 2  # times the fewest nodes are what is removed from
 DRAWS = 5  # of edges removed by chance
 SEARCH = Search()
 CONTEXTS = {"choosing": 256, "judging": 512}
@@ -114,13 +116,13 @@ def learned(nodes, sets):
 
 
 def by_chance(nodes, gates, number, contexts, fit, seed):
-    """The mean loss of a circuit (gates of nodes) that keeps all nodes and loses so many edges by chance."""
+    """The mean loss of a circuit (gates of nodes) that keeps all nodes and so many edges by chance."""
     generator, losses = torch.Generator().manual_seed(seed), []
     nodes = nodes.with_edges([edge[:4] for edge in nodes.edges_in(gates)])
     for _ in range(DRAWS):
-        less = torch.cat([gates, gates.new_ones(len(nodes.edges))])
-        less[nodes.nodes + torch.randperm(len(nodes.edges), generator=generator)[:number]] = 0
-        losses.append(loss_at(nodes, contexts, less, fit))
+        kept = torch.zeros(len(nodes.edges), device=gates.device)
+        kept[torch.randperm(len(nodes.edges), generator=generator)[:number]] = 1
+        losses.append(loss_at(nodes, contexts, torch.cat([gates, kept]), fit))
     return float(np.mean(losses))
 
 
@@ -142,49 +144,55 @@ def nearness(inside, gates, judging, fit, families, unseen_files, text, seed):
 
 
 def shuffled_too(loaded, sets, mask, size, target_loss, seed):
-    """The same in a model of shuffled weights: the loss of as many nodes, how many weights are between them,
-    and how many are left when edges are removed while that loss, or the target, holds."""
+    """The loss, fitted, of as many nodes in a model of shuffled weights, and how many weights are between
+    them; and, if it reaches the target, how many of these are needed."""
     nodes = replace(loaded, model=asked.shuffled_weights(loaded.model, seed)).nodes()
     other = Mask(nodes, sets, mask.penalty, mask.mask_seed)
-    gates = first_of(other.order, size)
-    inside, left, _ = needed(nodes, gates, sets[1], max(target_loss, other.loss(size, True)))
-    return {"shuffled_loss": f"{other.loss(size, True):.4f}",
-            "shuffled_weights": count(nodes, gates)["weights"],
-            "shuffled_edges": count(inside, left)["edges"]}
+    gates, loss = first_of(other.order, size), other.loss(size, True)
+    row = {"shuffled_loss": f"{loss:.4f}", "shuffled_weights": count(nodes, gates)["weights"]}
+    if loss <= target_loss:
+        inside, left, _ = needed(nodes, gates, sets[1], target_loss)
+        row["shuffled_edges"] = count(inside, left)["edges"]
+    return row
 
 
-def search_one(nodes, masks, sets, target_loss, fit, seed):
+def search_one(nodes, masks, sets, target_loss, fit, seed, before=None):
     """The row of a target, and what else is asked of its circuit: Nodes, gates, fit and the Mask; or the row
-    alone if no mask reaches the target."""
+    alone if no mask reaches the target. `before` is the same of a stricter target."""
     begun = time.process_time()
     row = {"target_loss": target_loss, "fit": int(fit)}
     reached = [mask for mask in masks if mask.fewest(target_loss, fit)]
     if not reached:
         return row, None
     mask = min(reached, key=lambda mask: mask.fewest(target_loss, fit))
-    gates = first_of(mask.order, mask.fewest(target_loss, fit))
-    inside, left, path = needed(nodes, gates, sets[1], target_loss, fit)
+    size = mask.fewest(target_loss, fit)
+    fewest_nodes, more = first_of(mask.order, size), first_of(mask.order, MORE * size)
+    circuits = [needed(*start, sets[1], target_loss, fit)
+                for start in [(nodes, more), before and before[:2]] if start]
+    circuits = [circuit for circuit in circuits if circuit[2][-1][2] <= target_loss]
+    inside, left, path = min(circuits or [needed(nodes, fewest_nodes, sets[1], target_loss, fit)],
+                             key=lambda circuit: circuit[2][-1][1::-1])  # the fewest edges, then nodes
     parameters = fit_of(inside.judge(sets[1], left), sets[1].sides())
     raw = inside.judge(sets[2], left)
     fitted = apply_fit(raw, sets[2].sides(), *parameters)
-    found, now = count(nodes, gates), count(inside, left)
-    weights, gone = asked.embedding_weights(inside, left, sets[2]), found["weights"] - now["edges"]
+    found, now = count(nodes, fewest_nodes), count(inside, left)
+    weights = asked.embedding_weights(inside, left, sets[2])
     row |= {"penalty": mask.penalty, "mask_seed": mask.mask_seed, "nodes": found["nodes"],
             "weights": found["weights"], "needed_nodes": now["nodes"], "needed_edges": now["edges"],
             "train_loss": f"{path[-1][2]:.4f}", "val_loss": f"{loss_of(raw).mean().item():.4f}",
             "val_loss_fitted": f"{loss_of(fitted).mean().item():.4f}",
             "accuracy": f"{asked.result(fitted if fit else raw)['accuracy']:.4f}",
             "embedding": weights["embedding_of_tokens"], "unembedding": weights["unembedding_of_answers"],
-            "chance_train_loss": f"{by_chance(nodes, gates, gone, sets[1], fit, seed):.4f}",
+            "chance_train_loss": f"{by_chance(nodes, more, now['edges'], sets[1], fit, seed):.4f}",
             "cpu_seconds": f"{time.process_time() - begun:.0f}"}
     return row, (inside, left, parameters if fit else (1.0, 0.0), mask)
 
 
 def run_job(flags, seed, task):
-    """Train a model if need be, and add to the CSV what it lacks of the circuits of a task."""
-    there = {(float(row["target_loss"]), int(row["fit"])) for row in circuit_sizes.read_rows(record)
-             if (row["flags"], row["seed"], row["task"]) == (flags, str(seed), task)}
-    missing = [(t, fit) for fit in (True, False) for t in TARGETS if (t, int(fit)) not in there]
+    """Train a model if need be, and add to the CSV what it lacks of the circuits of a task: fitted, raw."""
+    there = [int(row["fit"]) for row in circuit_sizes.read_rows(record)
+             if (row["flags"], row["seed"], row["task"]) == (flags, str(seed), task)]
+    missing = [fit for fit in (True, False) if there.count(fit) < len(TARGETS)]
     if not missing:
         return
     begun = time.process_time()
@@ -198,15 +206,18 @@ def run_job(flags, seed, task):
     row = {"flags": flags, "seed": seed, "task": task, "whole_train_loss": f"{whole:.4f}",
            "pretraining_loss": f"{last_of_log(folder)['val/loss']:.4f}"}
     masks = learned(nodes, sets)
-    for t, fit in missing:
-        found, circuit = search_one(nodes, masks, sets, t, fit, seed)
-        if circuit and fit and t in FAITHFUL:
-            inside, left, parameters, mask = circuit
-            found |= nearness(inside, left, sets[2], parameters, families, beyond.get("unseen files"),
-                              beyond["ordinary text"], seed)
-            if task in SHUFFLED_TASKS and t == FAITHFUL[0]:
-                found |= shuffled_too(loaded, sets, mask, found["nodes"], t, seed)
-        circuit_sizes.add(record, COLUMNS, [row | found])
+    for fit in missing:
+        rows, circuit = [], None
+        for t in TARGETS:
+            found, circuit = search_one(nodes, masks, sets, t, fit, seed, circuit)
+            if circuit and fit and t in FAITHFUL:
+                inside, left, parameters, mask = circuit
+                found |= nearness(inside, left, sets[2], parameters, families, beyond.get("unseen files"),
+                                  beyond["ordinary text"], seed)
+                if task in SHUFFLED_TASKS and t == FAITHFUL[0]:
+                    found |= shuffled_too(loaded, sets, mask, MORE * found["nodes"], t, seed)
+            rows.append(row | found)
+        circuit_sizes.add(record, COLUMNS, rows)
     print(f"{row['pretraining_loss']} | {task} {whole:.3f} | seed {seed} | {flags} | "
           f"{time.process_time() - begun:.0f} s of CPU", flush=True)
 
