@@ -655,6 +655,17 @@ def test_a_recorded_row_is_what_its_circuit_says(known, fit):
         {"target_loss": 0.15, "fit": int(fit)}, None)
 
 
+def test_what_is_removed_from_may_miss_the_target(known, monkeypatch):
+    """Twice the fewest nodes may do worse than they: then the fewest are what is removed from."""
+    nodes, sets, right = nodes_of(known), [None, some_contexts(64, seed=1), some_contexts(50)], needed.needed
+    order = gates_of(nodes, KNOWN).argsort(descending=True, stable=True)
+    mask = SimpleNamespace(order=order, penalty=0.1, mask_seed=0, fewest=lambda t, fit: 5)
+    monkeypatch.setattr(needed, "needed", lambda nodes, gates, *rest: right(nodes, gates, *rest) if
+                        gates.sum() == 5 else (nodes, gates, [[1, 0, 0.2]]))
+    row, _ = needed.search_one(nodes, [mask], sets, 0.15, False, 0)
+    assert (row["needed_nodes"], row["needed_edges"]) == (5, 3) and float(row["train_loss"]) <= 0.15
+
+
 def test_costs_are_what_removal_costs(known):
     """Of each edge and each node of the circuit, one by one."""
     nodes, contexts = nodes_of(known), some_contexts(64, seed=1)
