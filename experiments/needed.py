@@ -271,8 +271,9 @@ class Found:
 
 
 def spread(values):
-    """Mean and standard deviation over seeds, in words."""
-    return f"{np.mean(values):.3g} ± {np.std(values, ddof=1):.1g}"
+    """Mean and standard deviation over seeds, in words, with three and two figures."""
+    mean, deviation = float(f"{np.mean(values):.3g}"), float(f"{np.std(values, ddof=1):.2g}")
+    return f"{mean:,g} ± {round(deviation, 4):g}"
 
 
 def print_sizes(found):
@@ -284,7 +285,8 @@ def print_sizes(found):
             for column in ("weights", "needed_edges"):
                 values, sparse = (found.sizes(column, f, t, fit, tasks) for f in (flags, ""))
                 times = [value / other for value, other in zip(values, sparse, strict=True)]
-                both.append(f"{geometric_mean(values):,.3g}" + f" [{describe(times)}]" * bool(flags))
+                mean = float(f"{geometric_mean(values):.3g}")
+                both.append(f"{mean:,g}" + f" [{describe(times)}]" * bool(flags))
             yield " -> ".join(both)
 
     table(("target", "logits", "tasks", *MODELS), *(
@@ -312,11 +314,12 @@ def draw(found):
         for label, flags in MODELS.items():
             draw_means(axis, {t: found.sizes(column, flags, t, 1, found.reached(t, 1)) for t in targets},
                        label)
-        axis.set(yscale="log", xscale="log", title=words, xlabel="target loss of the circuit")
-        axis.set_xticks(targets, [f"{t:g}\n{len(found.reached(t, 1))} tasks" for t in targets])
+        axis.set(yscale="log", xscale="log", title=words, xlabel="target loss of the circuit (tasks that "
+                 f"all models reach: {', '.join(str(len(found.reached(t, 1))) for t in targets)})")
+        axis.set_xticks(targets, [f"{t:g}" for t in targets])
         axis.minorticks_off()
         plain(axis)
-    axes[0].set_ylabel("edges of the circuit, geometric mean")
+    axes[0].set_ylabel(f"edges, geometric mean over tasks; n = {len(SEEDS)}")
     axes[1].legend(frameon=False, fontsize=8)
     save(figure, image)
 
