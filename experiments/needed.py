@@ -234,26 +234,24 @@ def start_worker(settings):
 
 
 class Found:
-    """The recorded circuits of the tasks that were searched in all MODELS, at all seeds."""
+    """The recorded circuits: (task, flags, seed, target loss, fit) -> row."""
 
     def __init__(self, rows):
         self.rows = {(row["task"], row["flags"], int(row["seed"]), float(row["target_loss"]),
                       int(row["fit"])): row for row in rows}
-        self.tasks = [task for task in dict.fromkeys(task for task, *_ in self.rows) if all(
-            (task, flags, seed, t, fit) in self.rows for flags in MODELS.values() for seed in SEEDS
-            for t in TARGETS for fit in (0, 1))]
+        self.tasks = list(dict.fromkeys(task for task, *_ in self.rows))
 
     def reached(self, t, fit, tasks=None):
-        """Of `tasks`, or all, those in which every model reaches a target, at every seed."""
+        """Of `tasks`, or all, those in which all MODELS were searched and reach a target, at every seed."""
         return [task for task in tasks or self.tasks if all(
-            self.rows[task, flags, seed, t, fit]["nodes"] for flags in MODELS.values() for seed in SEEDS)]
+            self.rows.get((task, flags, seed, t, fit), {}).get("nodes") for flags in MODELS.values()
+            for seed in SEEDS)]
 
     def fewest(self, column, task, flags, seed, t, fit):
         """The least weights or needed edges with which a target was reached: a circuit that reaches a
-        stricter one, or does without the fit, counts too. None counts as one, for the logarithm."""
-        cells = [self.rows[task, flags, seed, stricter, with_fit][column] for stricter in TARGETS
-                 for with_fit in {fit, 0} if stricter <= t]
-        return min(max(int(cell), 1) for cell in cells if cell)
+        stricter one counts too. None counts as one, for the logarithm."""
+        rows = [self.rows[task, flags, seed, stricter, fit] for stricter in TARGETS if stricter <= t]
+        return min(max(int(row[column]), 1) for row in rows if row["nodes"])
 
     def sizes(self, column, flags, t, fit, tasks):
         """The geometric mean of these over tasks, for each seed."""
@@ -327,10 +325,11 @@ def draw(found):
 def report():
     rows = circuit_sizes.read_rows(record)
     found = Found(rows)
-    if not found.tasks:
-        fail(f"{record} has no task that was searched in all models and seeds: leave out --jobs=0")
-    losses = {label: [float(found.rows[found.tasks[0], flags, seed, TARGETS[0], 1]["pretraining_loss"])
-                      for seed in SEEDS] for label, flags in MODELS.items()}
+    common = [task for t in TARGETS for fit in (1, 0) for task in found.reached(t, fit)]
+    if not common:
+        fail(f"{record} has no task in which all models reach a target at all seeds: leave out --jobs=0")
+    losses = {label: [next(float(row["pretraining_loss"]) for (_, *at, _, _), row in found.rows.items()
+                           if at == [flags, seed]) for seed in SEEDS] for label, flags in MODELS.items()}
     table(("model", "flags", "val loss"), *(
         (label, f"`{flags}`", spread(losses[label])) for label, flags in MODELS.items()))
     print_sizes(found)

@@ -456,29 +456,34 @@ def test_needed_edges_are_compared_over_tasks_and_seeds(small_needed, capsys):
     assert os.path.getsize(needed.image) > 0
 
 
-def test_no_figure_is_drawn_of_nothing(small_needed, capsys):
-    """Where no target is reached by all, there are tables without rows."""
-    circuit_sizes.add(needed.record, needed.COLUMNS, [
-        cell(flags, seed, "one", target, fit, "", "") for flags in needed.MODELS.values()
-        for seed in circuit_sizes.SEEDS for target in needed.TARGETS for fit in (0, 1)])
+def test_what_is_reached_raw_alone_has_no_figure(small_needed, capsys):
+    """And what is reached by no model has no table: the script ends. A search that is not whole counts as
+    not reached."""
+    def rows(fit):
+        return [cell(flags, seed, "one", target, fit, 9, 3) for flags in needed.MODELS.values()
+                for seed in circuit_sizes.SEEDS for target in needed.TARGETS]
+
+    circuit_sizes.add(needed.record, needed.COLUMNS, rows(0) + rows(1)[:-3])
     needed.report()
-    assert not os.path.exists(needed.image)
+    assert "| 5.0 | raw | 1 |" in capsys.readouterr().out and not os.path.exists(needed.image)
+    os.remove(needed.record)
+    circuit_sizes.add(needed.record, needed.COLUMNS, [row | {"nodes": ""} for row in rows(1)])
+    with pytest.raises(SystemExit):
+        needed.report()
 
 
 def test_a_stricter_circuit_counts_too(small_needed):
-    """And one that does without the fit, where fewer edges reach a target so; never the other way round."""
-    edges = {(0.15, 0): 7, (0.15, 1): 5, (5.0, 0): 3, (5.0, 1): 4}
+    """Never a looser one, nor one that is raw where the others are fitted."""
+    edges = {(0.15, 0): 7, (0.15, 1): 5, (5.0, 0): 3, (5.0, 1): 6}
 
     def fewest(t, fit):
         rows = [cell("", 1, "one", *at, 9, number) for at, number in edges.items()]
         found = needed.Found([{name: str(value) for name, value in row.items()} for row in rows])
         return found.fewest("needed_edges", "one", "", 1, t, fit)
 
-    assert [fewest(*at) for at in edges] == [7, 5, 3, 3]
-    edges[0.15, 1] = 2
-    assert [fewest(*at) for at in edges] == [7, 2, 3, 2]
-    edges |= {(0.15, 0): 1, (5.0, 0): 0}  # none counts as one
-    assert [fewest(*at) for at in edges] == [1, 1, 1, 1]
+    assert [fewest(*at) for at in edges] == [7, 5, 3, 5]
+    edges[0.15, 1] = 0  # none counts as one
+    assert [fewest(*at) for at in edges] == [7, 1, 3, 1]
 
 
 @pytest.fixture
@@ -529,7 +534,7 @@ def test_edges_that_go_by_chance_are_as_many(one_task, monkeypatch):
 
 def test_bad_input_to_needed(small_needed, monkeypatch, capsys):
     """It ends the script with one line."""
-    for argument, error in (("--jobs=-1", "must not be negative"), ("--jobs=0", "no task that"),
+    for argument, error in (("--jobs=-1", "must not be negative"), ("--jobs=0", "no task in which"),
                             ("--tasks=quote", "closest that exists is"),
                             ("--unseen=none --tasks=quotes --jobs=1", "no data in")):
         monkeypatch.setattr(sys, "argv", ["needed", *argument.split()])
