@@ -62,7 +62,7 @@ def folder(prepared, interrupted, tmp_path_factory):
         """Three edges at once, and no more."""
         if len(removal.path) == 1:
             removal.gates = removal.without([c for c in candidates if c >= removal.nodes.nodes][:3])
-            removal.note(removal.loss(removal.gates))
+            removal.note(removal.loss(removal.gates, removal.contexts))
         return len(removal.path) == 2 and removal.path.append(removal.path[-1]) is None
 
     with pytest.MonkeyPatch.context() as patch:

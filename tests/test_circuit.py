@@ -1520,7 +1520,7 @@ def test_unseen_text_is_judged_too(task, tmp_path, capsys):
     (other / "tokenizer.json").write_text(text, encoding="utf-8")
     (other / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     assert run(f"circuit.py --task=task.json {SMALL} --unseen={other}") == 2
-    assert "--tokenizer=out/tokenizer.json" in capsys.readouterr().err
+    assert "--tokenizer=data/tiny/tokenizer.json" in capsys.readouterr().err
 
 
 def test_a_task_of_templates(task, monkeypatch):
