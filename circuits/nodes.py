@@ -340,7 +340,7 @@ def count(nodes, gates):
     for read, written, weight, bias in matrices(nodes.model):
         number["weights"] += int(weight[kept[written]][:, kept[read]].count_nonzero())
         number["biases"] += 0 if bias is None else int(bias[kept[written]].count_nonzero())
-    removed = (gates[nodes.nodes:] == 0) & gates[nodes.ends].ne(0).all(1)
+    removed = (gates[nodes.nodes:nodes.number] == 0) & gates[nodes.ends].ne(0).all(1)
     number["edges"] = number["weights"] - int(removed.sum())
     for key, weight, end in (("embedding", nodes.model.transformer.wte.weight, "_in"),
                              ("unembedding", nodes.model.lm_head.weight, "_out")):
