@@ -169,6 +169,10 @@ class Nodes:
                 mine = torch.tensor(mine, device=self.device)
                 yield linear, read, mine, ins, outs, row * len(ins) + column
 
+    def joined(self, gates):
+        """Of each of `edges`, whether both of its nodes are kept: bool (..., edges)."""
+        return gates[..., self.ends].detach().ne(0).all(-1)
+
     def others(self, gates):
         """Gates that ablate the kept nodes of `gates` and keep all others, with all their weights."""
         rest = 1 - gates
@@ -177,8 +181,7 @@ class Nodes:
 
     def removals(self, gates):
         """For each Linear with some of `edges` a function of its input and output that removes these."""
-        joined = gates[..., self.ends].detach().ne(0).all(-1)  # both of its nodes are kept
-        off, found = (1 - gates[..., self.nodes:]) * joined, []
+        off, found = (1 - gates[..., self.nodes:]) * self.joined(gates), []
         for linear, read, mine, ins, outs, at in self.by_linear:
             lost = off.new_zeros(*off.shape[:-1], len(outs) * len(ins)).index_copy(-1, at, off[..., mine])
             lost = lost.unflatten(-1, (len(outs), len(ins))) * linear.weight[outs][:, ins]
@@ -340,7 +343,7 @@ def count(nodes, gates):
     for read, written, weight, bias in matrices(nodes.model):
         number["weights"] += int(weight[kept[written]][:, kept[read]].count_nonzero())
         number["biases"] += 0 if bias is None else int(bias[kept[written]].count_nonzero())
-    removed = (gates[nodes.nodes:nodes.number] == 0) & gates[nodes.ends].ne(0).all(1)
+    removed = (gates[nodes.nodes:nodes.number] == 0) & nodes.joined(gates)
     number["edges"] = number["weights"] - int(removed.sum())
     for key, weight, end in (("embedding", nodes.model.transformer.wte.weight, "_in"),
                              ("unembedding", nodes.model.lm_head.weight, "_out")):

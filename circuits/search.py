@@ -260,8 +260,8 @@ class Removal:
 
     def candidates(self):
         """The gates that may go, cheapest first by estimate: of kept nodes, and of edges between them."""
-        both = self.gates[self.nodes.ends].ne(0).all(1)  # the edge of a node that is gone is no candidate
-        edges = self.nodes.nodes + ((self.gates[self.nodes.nodes:] != 0) & both).nonzero()[:, 0]
+        kept = (self.gates[self.nodes.nodes:] != 0) & self.nodes.joined(self.gates)
+        edges = self.nodes.nodes + kept.nonzero()[:, 0]
         there = torch.cat([self.gates[:self.nodes.nodes].nonzero()[:, 0], edges])
         costs = estimated_costs(self.nodes, self.some, self.gates, self.fit)[there]
         return there[costs.argsort(stable=True)].tolist()

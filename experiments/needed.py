@@ -173,15 +173,15 @@ def search_one(nodes, masks, sets, target_loss, fit, seed, before=None):
     inside, left, path = min(circuits or [needed(nodes, fewest_nodes, sets[1], target_loss, fit)],
                              key=lambda circuit: circuit[2][-1][1::-1])  # the fewest edges, then nodes
     parameters = fit_of(inside.judge(sets[1], left), sets[1].sides())
-    raw = inside.judge(sets[2], left)
-    fitted = apply_fit(raw, sets[2].sides(), *parameters)
+    logits = inside.judge(sets[2], left)
+    raw, fitted = asked.result(logits), asked.result(apply_fit(logits, sets[2].sides(), *parameters))
     found, now = count(nodes, fewest_nodes), count(inside, left)
     weights = asked.embedding_weights(inside, left, sets[2])
     row |= {"penalty": mask.penalty, "mask_seed": mask.mask_seed, "nodes": found["nodes"],
             "weights": found["weights"], "needed_nodes": now["nodes"], "needed_edges": now["edges"],
-            "train_loss": f"{path[-1][2]:.4f}", "val_loss": f"{loss_of(raw).mean().item():.4f}",
-            "val_loss_fitted": f"{loss_of(fitted).mean().item():.4f}",
-            "accuracy": f"{asked.result(fitted if fit else raw)['accuracy']:.4f}",
+            "train_loss": f"{path[-1][2]:.4f}", "val_loss": f"{raw['loss']:.4f}",
+            "val_loss_fitted": f"{fitted['loss']:.4f}",
+            "accuracy": f"{(fitted if fit else raw)['accuracy']:.4f}",
             "embedding": weights["embedding_of_tokens"], "unembedding": weights["unembedding_of_answers"],
             "chance_train_loss": f"{by_chance(nodes, more, now['edges'], sets[1], fit, seed):.4f}",
             "cpu_seconds": f"{time.process_time() - begun:.0f}"}
