@@ -390,12 +390,12 @@ def figure(path, **labels):
     save(figure, path)
 
 
-def draw_means(axis, values, label):
-    """A line through the geometric means of values, x -> list, with bars that reach over each list."""
-    middle = np.array([geometric_mean(some) for some in values.values()])
-    least, most = (np.array([end(some) for some in values.values()]) for end in (min, max))
+def draw_means(axis, x, values, label):
+    """A line through the geometric means of values, a list for each x, with bars over each list."""
+    middle = np.array([geometric_mean(some) for some in values])
+    least, most = (np.array([end(some) for some in values]) for end in (min, max))
     bars = [(middle - least).clip(0), (most - middle).clip(0)]  # less than 0 by rounding, if all are alike
-    axis.errorbar([*values], middle, bars, marker="o", markersize=4, capsize=3, label=label)
+    axis.errorbar(x, middle, bars, marker="o", markersize=4, capsize=3, label=label)
 
 
 def draw_targets(found, compared):
@@ -405,7 +405,7 @@ def draw_targets(found, compared):
                 ylabel="edges of the circuit, geometric mean", xscale="log") as axis:
         for label, flags in compared.items():
             edges = {t: [*found.edges(flags, tasks, t).values()] for t, tasks in common.items() if tasks}
-            draw_means(axis, edges, f"{label}, n = {len(found.seeds(flags))}")
+            draw_means(axis, [*edges], edges.values(), f"{label}, n = {len(found.seeds(flags))}")
         axis.set_xticks(TARGETS, [f"{t:g}\n{len(tasks) or 'no'} tasks" for t, tasks in common.items()])
         axis.minorticks_off()
 
@@ -416,7 +416,8 @@ def draw_widths(n, points):
                 ylabel=f"edges at loss {widths_target:g}, geometric mean over {n} tasks") as axis:
         for d_model in sorted({point[0] for point in points}):
             line = [point[1:] for point in points if point[0] == d_model]
-            draw_means(axis, {x: edges for _, x, edges in line}, f"d_model {d_model}")
+            _, x, edges = zip(*line, strict=True)
+            draw_means(axis, x, edges, f"d_model {d_model}")
             for l0, x, edges in line:
                 axis.annotate(f"{l0}, n = {len(edges)}", (x, geometric_mean(edges)), (5, 5),
                               textcoords="offset points", fontsize=8)

@@ -310,8 +310,8 @@ def draw(found):
     for axis, column, words in zip(axes, ("weights", "needed_edges"), (
             "all weights between kept nodes", "needed edges alone"), strict=True):
         for label, flags in MODELS.items():
-            draw_means(axis, {t: found.sizes(column, flags, t, 1, found.reached(t, 1)) for t in targets},
-                       label)
+            sizes = [found.sizes(column, flags, t, 1, found.reached(t, 1)) for t in targets]
+            draw_means(axis, targets, sizes, label)
         axis.set(yscale="log", xscale="log", title=words, xlabel="target loss of the circuit (tasks that "
                  f"all models reach: {', '.join(str(len(found.reached(t, 1))) for t in targets)})")
         axis.set_xticks(targets, [f"{t:g}" for t in targets])
