@@ -22,6 +22,10 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+
+# its functions keep the group of processes that exists when they are first imported. So it would outlive its
+# destruction, and its threads could abort the exit of a run that is done
+import torch.distributed.nn.functional
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import (

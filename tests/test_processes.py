@@ -41,22 +41,28 @@ pytestmark = pytest.mark.slow
 # two ranks
 
 LONG = "train.py tiny.py --max_iters=60 --eval_interval=10 --log_every_n_steps=5"
-KEEP_EACH_RANKS_WEIGHTS = """
-loop = train.train
+WATCHED = """
+loop, destroy = train.train, torch.distributed.destroy_process_group
 def watched_loop(run):
     loop(run)
     torch.save(run.model.state_dict(), f"rank{run.process.rank}.pt")
-train.train = watched_loop
+def watched_end():
+    before = os.listdir("/proc/self/task")
+    destroy()
+    with open(f"rank{rank}.txt", "w") as f:
+        f.write(f"{len(before)} {len(os.listdir('/proc/self/task'))}")
+train.train, torch.distributed.destroy_process_group = watched_loop, watched_end
 """
 
 
 @pytest.fixture(scope="session")
 def two_ranks(prepared, tmp_path_factory):
-    """A folder in which LONG was run by two ranks, each of which also left its own weights."""
+    """A folder in which LONG was run by two ranks. Each left its weights, and how many threads it had
+    before and after it left the group."""
     folder = shutil.copytree(prepared, tmp_path_factory.mktemp("two_ranks") / "here")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        status, error = finish(launch(LONG, ranks=2, fault=KEEP_EACH_RANKS_WEIGHTS))
+        status, error = finish(launch(LONG, ranks=2, fault=WATCHED))
         assert status == 0, error
     return folder
 
@@ -65,6 +71,14 @@ def test_ranks_stay_bit_identical(two_ranks):
     """After 60 updates both ranks hold the same bytes, and they are what was saved."""
     first, second = (frozen(torch.load(two_ranks / f"rank{rank}.pt", weights_only=True)) for rank in (0, 1))
     assert first == second == weights(two_ranks / "out")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are read from Linux's /proc")
+def test_the_threads_of_the_group_end_with_it(two_ranks):
+    """One that is left may touch a tensor while Python ends, which aborts the process: a run that failed."""
+    for rank in (0, 1):
+        before, after = read(two_ranks / f"rank{rank}.txt").split()
+        assert int(after) <= int(before) - 2  # gloo has two that do the work
 
 
 def test_two_ranks_equal_one_with_twice_the_accumulation(here):
