@@ -5,6 +5,7 @@ Each file is written beside its place and renamed, so whatever ends a run, what 
 user can mend ends the script with one line (`configurator.fail`).
 """
 import fcntl
+import glob
 import itertools
 import json
 import math
@@ -191,9 +192,14 @@ def load_checkpoint(path):
         with warnings.catch_warnings(action="ignore"):  # our line, below, is enough
             checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
-        earlier = os.path.join(os.path.dirname(path), "previous-1")
+        folder, file = os.path.split(path)
+        earlier = os.path.join(folder, "previous-1")
         earlier = f"; an earlier run is in {earlier}" if os.path.isdir(earlier) else ""
-        fail(f"no checkpoint at {path}: train without --init_from=resume first, or check --out_dir{earlier}")
+        above = folder if os.path.isdir(folder) else os.path.dirname(folder)
+        there = [os.path.dirname(found) for found in glob.glob(os.path.join(glob.escape(above), "*", file))]
+        there = f" (there is one in {', '.join(sorted(there)[:4])})" if there else ""
+        fail(f"no checkpoint at {path}: check --out_dir{there}, or train first, without "
+             f"--init_from=resume{earlier}")
     except Exception as e:  # noqa: BLE001  what torch.load raises depends on what is in the file
         reason = e if isinstance(e, zipfile.BadZipFile) else type(e).__name__
         fail(f"{path} is no readable checkpoint ({reason}): restore it, or give another --out_dir")

@@ -3,10 +3,10 @@
     python train.py config/quickstart.py --d_model=256 --target_l0_fraction=1/32
 
 A script's settings are its module-level globals, and `configure(globals())` changes them in the order
-given: a bare argument is a config file (Python that assigns to settings), `--key=value` is one setting. A
-key that the script does not have, or a value of another type than the default's, ends the script: a
-misspelt setting never runs silently. How a script ends, and how it reads JSON that people may have touched,
-is here too, as every script imports this module.
+given: a bare argument is a config file (Python that assigns to settings), `--key=value` is one setting, and
+`--help` lists all. A key that the script does not have, or a value of another type than the default's, ends
+the script: a misspelt setting never runs silently. How a script ends, and how it reads JSON that people may
+have touched, is here too, as every script imports this module.
 """
 import difflib
 import errno
@@ -187,14 +187,17 @@ def configure(settings, argv=None):
     chosen = {}
     for arg in sys.argv[1:] if argv is None else argv:
         key, equals, text = arg.removeprefix("--").partition("=")
+        if arg in ("-h", "--help"):
+            print(help_of(settings, known))
+            raise SystemExit(0)
         if not arg.startswith("-"):
             for key, value in run_config_file(os.path.expanduser(arg), known).items():
                 chosen[key] = check(key, value, known, where=f" (in {arg})")
         elif arg.startswith("--") and equals:
             chosen[key] = check(key, parse(text, known.get(key)), known)
         else:
-            fail(f"cannot read the argument {arg!r}: write --key=value, or the name of a config file; "
-                 "each setting is explained at the top of the script")
+            how = f"{arg}=VALUE" if key in known else "--key=value, or the name of a config file"
+            fail(f"cannot read the argument {arg!r}: write {how}, without spaces; --help lists all settings")
     settings.update(chosen)
     return set(chosen)
 
@@ -223,6 +226,22 @@ def check_rules(settings, rules):
         for name in names.split():
             if not legal(settings[name]):
                 fail(f"{name}={settings[name]} {rule}")
+
+
+def help_of(settings, known):
+    """A script's docstring, and its settings with their comments, as they stand in its file."""
+    with open(settings["__file__"], encoding="utf-8") as f:
+        lines = f.read().split("\ndef ")[0].splitlines()
+    flags = [f"--{line.replace(' = ', '=', 1)}" if line.partition(" = ")[0] in known else line
+             for line in lines if line.partition(" = ")[0] in known or re.match("# +[a-z]", line)]
+    return "\n".join([settings["__doc__"], *flags])
+
+
+def closest(key, known):
+    """The setting that a misspelt one, or the beginning or the end of a name, may have meant; None if none
+    is alike."""
+    part = [name for name in known if key and (name.startswith(key) or name.endswith(key))]
+    return part[0] if part else next(iter(difflib.get_close_matches(key, known, n=1)), None)
 
 
 def run_config_file(path, known):
@@ -255,9 +274,10 @@ def parse(text, default):
 def check(key, value, known, where=""):
     """Return `value` as setting `key` takes it, an int as a float if need be; or end the script."""
     if key not in known:
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0)
+        close = closest(key, known)
+        close = f"the closest that exists is {close!r}" if close else "--help lists those that exist"
         own = "; names of the file's own begin with _" if where else ""
-        fail(f"unknown setting {key!r}{where}: the closest that exists is {close[0]!r}{own}")
+        fail(f"unknown setting {key!r}{where}: {close}{own}")
     expected = type(known[key])
     if expected is float and type(value) is int and abs(value) < 2**1023:
         return float(value)

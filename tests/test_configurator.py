@@ -3,6 +3,7 @@ setting's default, and whatever cannot be read ends the script with one line and
 """
 import ast
 import contextlib
+import importlib
 import io
 import os
 import subprocess
@@ -141,12 +142,15 @@ def test_a_flag_of_any_text_is_read_as_its_type_or_refused(key, text):
 
 @pytest.mark.parametrize("key, closest", [
     ("d_modle", "d_model"), ("learning_rat", "learning_rate"), ("Start", "start"), ("use-bias", "use_bias"),
-    ("CONSTANT", ""), ("_private", ""), ("__name__", ""), ("function", ""), ("module", ""), ("", ""),
+    ("learning", "learning_rate"), ("bias", "use_bias"), ("CONSTANT", None), ("_private", None),
+    ("__name__", None), ("function", None), ("lr", None), ("", None),
 ])
 def test_an_unknown_setting_is_an_error_that_names_the_closest(error_of, key, closest):
-    """Misspelt names, and what in the script's globals is no setting."""
+    """Misspelt names, a part of one, and what in the script's globals is no setting. None that is not alike
+    is named."""
     error = error_of(f"--{key}=3")
-    assert repr(key) in error and f"{closest}'" in error
+    assert repr(key) in error
+    assert (f"closest that exists is {closest!r}" if closest else "--help lists") in error
 
 
 def test_an_unknown_setting_in_a_file_is_an_error_that_names_the_file(error_of, config_file):
@@ -342,11 +346,28 @@ def test_a_config_file_that_is_not_there_is_an_error(error_of, tmp_path):
     assert str(tmp_path) in error_of(tmp_path)
 
 
-@pytest.mark.parametrize("argument", ["--d_model", "--help", "-h", "--", "-d_model=3", "--compile"])
-def test_a_flag_without_a_value_is_an_error_that_says_how_to_write_it(error_of, argument):
+@pytest.mark.parametrize("argument, form", [
+    ("--d_model", "--d_model=VALUE"), ("--", "--key=value"), ("-d_model=3", "--key=value"),
+    ("--compile", "--key=value")])
+def test_a_flag_without_a_value_is_an_error_that_says_how_to_write_it(error_of, argument, form):
     """The error shows the argument and the form that is read."""
     error = error_of(argument)
-    assert repr(argument) in error and "--key=value" in error
+    assert repr(argument) in error and form in error
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+@pytest.mark.parametrize("name", ["train", "circuit", "prepare", "sample"])
+def test_help_lists_all_settings_as_the_file_has_them(capsys, name, flag):
+    """With the docstring and the comments; nothing is set, whatever else is given."""
+    module = importlib.import_module(name)
+    before = configurator.settings_of(vars(module))
+    with pytest.raises(SystemExit) as ended:
+        configure(vars(module), [flag, "--no_such=3"])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0 and printed.startswith(module.__doc__)
+    assert configurator.settings_of(vars(module)) == before
+    lines = [line.partition("=")[0] for line in printed.splitlines() if line.startswith("--")]
+    assert lines == [f"--{name}" for name in before] and "--task='quotes'" not in printed
 
 
 def test_only_one_process_of_a_machine_prints_the_error(monkeypatch, capsys):
