@@ -23,6 +23,7 @@ from circuits import page as page_of
 from circuits import picture, report, search
 from circuits.loaded import load
 from circuits.nodes import count
+from circuits.saved import FORMAT
 from circuits.tasks import FEWEST, Source, contexts_record, joined_otherwise, prompts_record, read_task
 from configurator import check_rules, configure, ends_explained, fail, settings_of
 
@@ -94,7 +95,10 @@ def all_contexts(loaded):
         beyond = {}, {}
     try:
         if nonsense_task and controls:
-            others = source.three_sets(read_task(nonsense_task, loaded.tokenizer))
+            other = read_task(nonsense_task, loaded.tokenizer)
+            if other["sha256"] == spec["sha256"]:
+                raise ValueError("it is the task itself")
+            others = source.three_sets(other)
     except ValueError as e:
         print(f"without the control of nonsense_task: {e}")
     return spec, sets, beyond, others
@@ -108,14 +112,14 @@ def results_of(loaded, contexts, nodes, runs, circuit, how, target):
     ones, fitted = torch.ones(nodes.number, device=nodes.device), (1.0, 0.0)
     if fit:
         fitted = search.fit_of(inside.judge(choosing, gates), choosing.sides())
-    found = asked.baselines(nodes, loaded.data.train, judging, seed) | {
+    found = asked.baselines(nodes, loaded.data.train, choosing, judging, seed, fit) | {
         "found": asked.result(nodes.judge(judging, chosen["gates"])) | count(nodes, chosen["gates"]),
         "found_fitted": asked.fitted(nodes, chosen["gates"], choosing, judging),
         "circuit": asked.result(inside.judge(judging, gates)) | count(inside, gates)
         | asked.embedding_weights(inside, gates, judging),
         "circuit_fitted": asked.fitted(inside, gates, choosing, judging),
         "whole_fitted": asked.fitted(nodes, ones, choosing, judging),
-        "seeds": asked.seeds_agree(nodes, runs, chosen),
+        "seeds": asked.seeds_agree(nodes, runs),
         "first_of_all": {"whole": asked.first_of_all(nodes, ones, judging),
                          "circuit": asked.first_of_all(inside, gates, judging)},
         "rules": asked.simple_rules(judging, loaded.tokenizer),
@@ -123,7 +127,7 @@ def results_of(loaded, contexts, nodes, runs, circuit, how, target):
     try:
         if controls:
             trials = [(run["penalty"], run["mask_seed"]) for run in runs]
-            found |= asked.without_searches(inside, gates, sets, beyond, fitted, seed)
+            found |= asked.without_searches(inside, gates, nodes, sets, beyond, fitted, seed)
             for name, result in asked.searches(
                     nodes, lambda model: replace(loaded, model=model).nodes(ablation, mean_windows), sets,
                     others, target, how, trials, seed):
@@ -165,6 +169,7 @@ def main():
         "task": name, "answers": [loaded.tokenizer.decode([i]) for i in pair], "answer_ids": pair,
         "model": loaded.path, "dataset": loaded.dataset, "step": loaded.step, "target_loss": target,
         "nodes": inside.kept(gates), "edges": [edge[:4] for edge in inside.edges_in(gates)],
+        "cut": [inside.edges[e] for e in inside.cut(gates)],
         "means": {site: x.tolist() for site, x in inside.ablated.items()},
         "reads": {site: x.tolist() for site, x in inside.mean_reads.items() if site.endswith("attn_v")},
         "fit": fit, "scale": fitted[0], "shift": fitted[1], "whole_train_loss": whole, "curve": path,
@@ -173,7 +178,7 @@ def main():
         "caveats": report.CAVEATS.replace("\n", " "), "warnings": warned, "hard": prompts_record(hard),
         "contexts": contexts_record(judging, spec.get("pair")), "settings": settings_of(globals()),
         "picture": picture.describe(inside, gates, judging, loaded.tokenizer, fitted),
-        "seconds": time.perf_counter() - begun, "format": 2}
+        "seconds": time.perf_counter() - begun, "format": FORMAT}
     write_atomically(os.path.join(folder, "circuit.json"), json.dumps(record, allow_nan=False))
     print(f"\nwrote {folder}/circuit.json | {record['seconds']:.0f} s")
     picture.draw(record, os.path.join(folder, "circuit.png"))

@@ -126,7 +126,7 @@ def measured(loaded, nodes, spec):
     source = Source(loaded, learning=2 * FEWEST, choosing=CONTEXTS, judging=CONTEXTS, seed=seed)
     _, choosing, judging = source.three_sets(spec)
     ones = torch.ones(nodes.number, device=nodes.device)
-    known = baselines(nodes, loaded.data.train, judging, seed)
+    known = baselines(nodes, loaded.data.train, choosing, judging, seed)
     return {"train": loss_at(nodes, choosing, ones), "val": known["whole"]["loss"],
             "right": known["whole"]["accuracy"], "last token": known["last_token"]["loss"],
             "bigram table": known["bigram_table"]["loss"], "any order": known["random_order"]["loss"],
@@ -204,8 +204,8 @@ def main():
     loaded = load(out_dir, checkpoint, device, dataset)
     nodes = loaded.nodes()
     print("loss of the choice between two answers, in nats: of the whole model, on train with its logits "
-          "fitted; then on val\nof the last token alone, of the bigram table, and of the model on tokens in "
-          f"any order. The paper's target is {TARGET:g}\n")
+          "fitted; then on val\nof the last token alone and of the bigram table, fitted too, and of the "
+          f"model on tokens in any order. The paper's target is {TARGET:g}\n")
     print(f"{'':26}" + "".join(f"{name:>{width}}" for name, width in COLUMNS), flush=True)
     print_tasks(loaded, nodes) if task else print_pairs(loaded, nodes)
 

@@ -41,17 +41,17 @@ def last_token_alone(train, contexts):
     """Logits (n, 2) of how often train has each answer after the last token, as if both were as frequent."""
     before, after, shares = train[:-1], train[1:], {}
     for answer in contexts.answers.unique().tolist():
-        count = np.bincount(before[after == answer], minlength=2**16)
-        shares[answer] = count / max(count.sum(), 1)
+        times = np.bincount(before[after == answer], minlength=2**16)
+        shares[answer] = times / max(times.sum(), 1)
     rows = zip(contexts.last_tokens()[:, 0].tolist(), contexts.answers.tolist(), strict=True)
     found = torch.tensor([[shares[answer][last] for answer in pair] for last, pair in rows])
+    found = found.to(contexts.idx.device)
     return (found + 1e-5).log()  # about one occurrence: what is not in train decides nothing
 
 
 def random_like(nodes, gates, generator):
     """Gates of as many nodes at each site, drawn among those that are ever active."""
     drawn = torch.zeros_like(gates)
-    drawn[nodes.nodes:] = 1  # no edge between them is removed
     for name, part in nodes.split(drawn).items():
         live = nodes.means[name].nonzero()[:, 0]
         shuffled = live[torch.randperm(len(live), generator=generator).to(live.device)]
@@ -59,25 +59,33 @@ def random_like(nodes, gates, generator):
     return drawn
 
 
-def of_the_last_token(model, train, contexts):
-    """Results of what knows the last token alone: name -> dict. What bigrams solve is no task for a
-    circuit."""
+def bigrams_alone(model, contexts):
+    """Logits (n, 2) of the bigram table alone."""
     bigrams = torch.zeros(len(contexts), 1, model.config.vocab_size, device=contexts.idx.device)
     bigrams = (bigrams + F.embedding(contexts.last_tokens(), model.bigram_table))[:, 0]
-    return {"bigram_table": result(bigrams.gather(1, contexts.answers)),
-            "last_token": result(last_token_alone(train, contexts))}
+    return bigrams.gather(1, contexts.answers)
 
 
-def baselines(nodes, train, contexts, seed):
-    """Results without a circuit: name -> dict. What is as easy in random order asks only which tokens there
-    are."""
+def of_the_last_token(model, train, choosing, judging, fit=True):
+    """Results on `judging` of what knows the last token alone, with `fit` after a fit on `choosing`: name ->
+    dict. What bigrams solve is no task for a circuit."""
+    found = {}
+    for name, alone, of in (("bigram_table", bigrams_alone, model), ("last_token", last_token_alone, train)):
+        scale_and_shift = fit_of(alone(of, choosing), choosing.sides()) if fit else (1.0, 0.0)
+        found[name] = result(apply_fit(alone(of, judging), judging.sides(), *scale_and_shift))
+    return found
+
+
+def baselines(nodes, train, choosing, judging, seed, fit=True):
+    """Results on `judging` without a circuit: name -> dict. What is as easy in random order asks only which
+    tokens there are. Only what knows the last token alone is fitted."""
     ones = torch.ones(nodes.number, device=nodes.device)
     return {
-        "whole": result(nodes.judge(contexts, ones)) | count(nodes, ones),
-        "random_order": result(nodes.judge(contexts.in_random_order(seed), ones)),
-        **of_the_last_token(nodes.model, train, contexts),
-        "nothing": result(nodes.judge(contexts, 0 * ones)) | count(nodes, 0 * ones),
-        "chance": result(torch.zeros(len(contexts), 2)),
+        "whole": result(nodes.judge(judging, ones)) | count(nodes, ones),
+        "random_order": result(nodes.judge(judging.in_random_order(seed), ones)),
+        **of_the_last_token(nodes.model, train, choosing, judging, fit),
+        "nothing": result(nodes.judge(judging, 0 * ones)) | count(nodes, 0 * ones),
+        "chance": result(torch.zeros(len(judging), 2)),
     }
 
 
@@ -105,13 +113,15 @@ def agreement(nodes, gates, contexts, fit=(1.0, 0.0)):
 
 def attention_kept(nodes, gates, contexts):
     """'block.head' of each head with a kept node -> the last token's attention to the token that it attends
-    to most in the whole model, there and in the circuit, and how much of all its attention is the same."""
+    to most in the whole model, there and in the circuit, and how much of all its attention, the sink's
+    included, is the same."""
     found, heads = {}, nodes.kept_heads(gates)
     for block in sorted({block for block, _ in heads}):
         whole, inside = (nodes.attention(contexts, g, block) for g in (torch.ones_like(gates), gates))
         first = whole.argmax(2, keepdim=True)
         in_whole, in_circuit = (attention.gather(2, first).mean((0, 2)) for attention in (whole, inside))
-        same = torch.minimum(whole, inside).sum(2).mean(0)
+        same = torch.minimum(whole, inside).sum(2) + torch.minimum(1 - whole.sum(2), 1 - inside.sum(2))
+        same = same.mean(0)  # with what goes to the sink
         found |= {f"{b}.{h}": {"whole": in_whole[h].item(), "circuit": in_circuit[h].item(),
                                "same": same[h].item()} for b, h in heads if b == block}
     return found
@@ -158,13 +168,16 @@ def simple_rules(contexts, tokenizer):
 def rest_otherwise(nodes, gates, contexts, text, fit, seed):
     """Results of the circuit when what is outside it is not at its mean: name -> result.
 
-    At zero; at what it is in another context of the task, at the same position; in any `text` (Contexts as
-    long); in another context that is drawn anew for each node and each token. Removed edges stay removed.
+    At zero; at what it is in another context of the task that is no shorter, at the same position, or at the
+    last token where nothing else matters; in any `text` (Contexts as long); in another context that is drawn
+    anew for each node and each token. Removed edges stay removed, and folded nodes what they always are.
     """
     generator, found = torch.Generator().manual_seed(seed), {}
-    n = len(contexts)
-    shifted = (torch.arange(n) + torch.randint(1, n, (n,), generator=generator)) % n  # never its own
-    others = contexts[shifted.to(nodes.device)]
+    n, last = len(contexts), contexts.last.cpu()
+    order = last.argsort(descending=True, stable=True)
+    no_shorter = (last >= last[:, None]).sum(1)  # so many contexts, the first of this order
+    step = 1 + (torch.rand(n, generator=generator) * (no_shorter - 1)).long()  # so that none is its own
+    others = contexts[order[(order.argsort() + step) % no_shorter].to(nodes.device)]
     rows = torch.randint(len(text), (n,), generator=generator).to(nodes.device)
     texts = replace(contexts, idx=text.idx[rows, -contexts.idx.size(1):])
 
@@ -173,10 +186,15 @@ def rest_otherwise(nodes, gates, contexts, text, fit, seed):
         for rows in torch.arange(n, device=nodes.device).split(64):
             values = {site: torch.zeros_like(x) for site, x in nodes.ablated.items()}
             if donors:
-                nodes.logits(donors[rows], torch.ones_like(gates), watch=values.__setitem__)
+                some = donors[rows]
+                some = some[some.last.argsort(descending=True)] if mixed else some
+                nodes.logits(some, torch.ones_like(gates), watch=values.__setitem__)
             if mixed:
-                values = {site: x.gather(0, torch.randint(len(x), x.shape, generator=generator).to(x.device))
-                          for site, x in values.items()}
+                longer = (some.last.cpu() >= torch.arange(some.idx.size(1))[:, None]).sum(1)[:, None]
+                values = {site: x.gather(0, (torch.rand(x.shape, generator=generator) * (
+                    longer if x.size(1) > 1 else len(x))).long().to(x.device)) for site, x in values.items()}
+            for site, channel in nodes.folded:
+                values[site][..., channel] = nodes.ablated[site][channel]
             logits.append(nodes.logits(contexts[rows], gates, instead=values))
         return result(apply_fit(torch.cat(logits), contexts.sides(), *fit))
 
@@ -187,30 +205,31 @@ def rest_otherwise(nodes, gates, contexts, text, fit, seed):
     return found
 
 
-def random_edges(nodes, gates, choosing, judging, seed):
-    """Results, fitted, of as many random edges, with all the nodes that they join, as a circuit: a list."""
-    generator, whole, drawn = torch.Generator().manual_seed(seed), nodes.with_edges(()), []
-    every = whole.edges_in(torch.ones(nodes.nodes, device=nodes.device))
-    number = count(nodes, gates)["edges"]
+def random_edges(nodes, number, choosing, judging, seed):
+    """Results, fitted, of so many random edges, with all the nodes that they join, as a circuit: a list."""
+    generator, drawn = torch.Generator().manual_seed(seed), []
+    every = nodes.edges_in(torch.ones(nodes.nodes, device=nodes.device))
     for _ in range(DRAWS if number else 0):
-        edges = [every[i][:4] for i in torch.randperm(len(every), generator=generator)[:number]]
+        edges = {every[i][:4] for i in torch.randperm(len(every), generator=generator)[:number].tolist()}
         kept = torch.zeros(nodes.nodes, device=nodes.device)
         for a, i, b, o in edges:
             kept[[nodes.places[a] + i, nodes.places[b] + o]] = 1
-        inside = whole.with_edges([edge[:4] for edge in whole.edges_in(kept)])
+        inside = nodes.with_edges([edge[:4] for edge in nodes.edges_in(kept)])
         kept = torch.cat([kept, kept.new_tensor([edge in edges for edge in inside.edges])])
         drawn.append(fitted(inside, kept, choosing, judging) | count(inside, kept))
     return drawn
 
 
 def embedding_weights(nodes, gates, contexts):
-    """Nonzero weights of the embedding, of tokens that occur in the contexts, at channels that kept nodes
-    read; and of the unembedding, of the answers, at channels that they write."""
+    """Nonzero weights of the embedding, of tokens and of positions that occur in the contexts, at channels
+    that kept nodes read; and of the unembedding, of the answers, at channels that they write."""
     kept, number = nodes.kept(gates), {}
     model = nodes.model
     tokens = [contexts.idx[row, :last + 1] for row, last in enumerate(contexts.last.tolist())]
+    positions = getattr(model.transformer.wpe, "weight", model.lm_head.weight[:0])
     for key, weight, ids, end in (
             ("embedding_of_tokens", model.transformer.wte.weight, torch.cat(tokens).unique(), "_in"),
+            ("embedding_of_positions", positions, slice(int(contexts.last.max()) + 1), "_in"),
             ("unembedding_of_answers", model.lm_head.weight, contexts.answers.unique(), "_out")):
         channels = sorted({c for site, of in kept.items() if site.endswith(end) for c in of})
         number[key] = int(weight[ids][:, channels].count_nonzero())
@@ -237,8 +256,9 @@ def heads_of(nodes, gates, contexts, tokenizer):
     back = (contexts.last[:, None] - torch.arange(contexts.idx.size(1), device=nodes.device))[real]
     first, second = contexts.answers[0].sort().values
     toward = model.transformer.ln_f.weight * (model.lm_head.weight[first] - model.lm_head.weight[second])
-    if model.config.use_rms_norm:
-        toward = toward / final_rms(nodes, gates, contexts)
+    if not model.config.use_rms_norm:
+        toward = toward - toward.mean()
+    toward = toward / final_scale(nodes, gates, contexts)
     ids, which, times = contexts.idx[real].unique(return_inverse=True, return_counts=True)
     edges = nodes.edges_in(gates)
     for block, head in nodes.kept_heads(gates):
@@ -267,13 +287,15 @@ def heads_of(nodes, gates, contexts, tokenizer):
     return found
 
 
-def final_rms(nodes, gates, contexts):
-    """The root mean square of the stream that the last norm sees in the circuit, on average."""
+def final_scale(nodes, gates, contexts):
+    """What the last norm divides by in the circuit, on average."""
     seen = []
-    with hooks([(nodes.model.transformer.ln_f, lambda x: seen.append(x.square().mean(-1).sqrt().mean()))],
-               before=True):
+    with hooks([(nodes.model.transformer.ln_f, seen.append)], before=True):
         nodes.judge(contexts, gates)
-    return torch.stack(seen).mean()
+    x = torch.cat(seen)
+    if not nodes.model.config.use_rms_norm:
+        x = x - x.mean(-1, keepdim=True)
+    return x.square().mean(-1).sqrt().mean()
 
 
 def interventions(nodes, gates, contexts, fit=(1.0, 0.0)):
@@ -372,7 +394,7 @@ def check_able(name, nodes, train, choosing, target, fit, reason=""):
         fail(f"the whole model does not do {name}: its loss is {loss:.3f} (accuracy {able['accuracy']:.1%}) "
              f"on {len(choosing)} contexts of train, above the target of {target:g}; {remedy}. What "
              "it can do: python -m circuits.askable --out_dir=...")
-    for rule, known in of_the_last_token(nodes.model, train, choosing).items():
+    for rule, known in of_the_last_token(nodes.model, train, choosing, choosing, fit).items():
         if known["loss"] <= target:
             print(f"warning: the {rule.replace('_', ' ')} alone reaches the target, {known['loss']:.3f}: "
                   "a circuit of this task shows little; choose a lower --target_loss, or another task")
@@ -462,32 +484,36 @@ def searches(nodes, nodes_of, sets, others, target, how, trials, seed):
         yield name, search_again(name.replace("_", " "), other, sets, target, how, trials)
 
 
-def seeds_agree(nodes, runs, chosen):
-    """The sizes that the mask seeds of the chosen penalty end at, and the overlap of their nodes, by pairs:
-    nodes of both over nodes of either."""
-    same = [run for run in runs if run["penalty"] == chosen["penalty"] and run["nodes"]]
+def seeds_agree(nodes, runs):
+    """The sizes that the mask seeds end at, at the penalty of most of them, and the overlap of their nodes,
+    by pairs: nodes of both over nodes of either."""
+    penalties = [run["penalty"] for run in runs]
+    penalty = max(penalties, key=penalties.count)
+    same = [run for run in runs if run["penalty"] == penalty and run["nodes"]]
     overlaps = [((a["gates"] * b["gates"]).sum() / (a["gates"] + b["gates"]).clamp(max=1).sum()).item()
                 for i, a in enumerate(same) for b in same[:i]]
-    return {"penalty": chosen["penalty"], "nodes": [run["nodes"] for run in same],
+    return {"penalty": penalty, "nodes": [run["nodes"] for run in same],
             "weights": [count(nodes, run["gates"])["edges"] for run in same], "overlaps": overlaps,
             "failed": sum(run["nodes"] is None for run in runs), "of": len(runs)}
 
 
-def without_searches(nodes, gates, sets, beyond, fit, seed):
-    """All that is asked of a circuit besides its own result, but for the searches: name -> result."""
+def without_searches(nodes, gates, plain, sets, beyond, fit, seed):
+    """All that is asked of a circuit besides its own result, but for the searches: name -> result. `plain`:
+    the Nodes before the search, without edges or folded nodes."""
     (_, choosing, judging), rest = sets, nodes.others(gates)
-    random, without_random = random_draws(nodes, gates, choosing, judging, seed)
+    nothing = torch.zeros(plain.number, device=plain.device)
+    random, without_random = random_draws(plain, gates[:plain.number], choosing, judging, seed)
     return {
-        "nothing_fitted": fitted(nodes, 0 * gates, choosing, judging),
+        "nothing_fitted": fitted(plain, nothing, choosing, judging),
         "without": result(nodes.judge(judging, rest)) | count(nodes, rest),
         "without_fitted": fitted(nodes, rest, choosing, judging),
         "without_random": without_random, "random": random,
-        "random_edges": random_edges(nodes, gates, choosing, judging, seed),
+        "random_edges": random_edges(plain, count(nodes, gates)["edges"], choosing, judging, seed),
         "otherwise": rest_otherwise(nodes, gates, judging, beyond["ordinary text"], fit, seed),
         "faithfulness": faithfulness(nodes, gates, judging, seed, fit),
         "beyond": {name: {"circuit": agreement(nodes, gates, contexts, fit),
-                          "nothing": agreement(nodes, 0 * gates, contexts)}
-                   for name, contexts in beyond.items()},
+                          "nothing": agreement(plain, nothing, contexts)}
+                   for name, contexts in beyond.items()},  # of "ordinary text" no answer is right
         "survival": {name: {c: round(x[c].item(), 4) if x[c].isfinite() else None
                             for c in nodes.kept(gates)[name]}
                      for name, x in survival(nodes, judging, gates).items() if name in nodes.kept(gates)},

@@ -54,10 +54,12 @@ class Contexts:
         return len(self.answers.sort(1).values.unique(dim=0))
 
     def in_random_order(self, seed):
-        """The same contexts, the tokens before the last shuffled."""
+        """The same contexts, the tokens between the first and the last shuffled: the first of a prompt, the
+        <|endoftext|>, would be strange elsewhere."""
         generator, idx = torch.Generator().manual_seed(seed), self.idx.clone()
         for row, last in zip(idx, self.last.tolist(), strict=True):
-            row[:last] = row[torch.randperm(last, generator=generator).to(row.device)]
+            order = 1 + torch.randperm(max(last - 1, 0), generator=generator)
+            row[1:last] = row[order.to(row.device)]
         return replace(self, idx=idx)
 
 
@@ -110,7 +112,11 @@ class Nodes:
     (site read, channel, site written, channel) that may be empty. For a node 1 keeps it and 0 ablates it; -1
     reverses it, so that it lies as far on the other side of its ablated value. For an edge 1 keeps it and 0
     removes it: what is written then gets the mean of what is read (or zero) in place of the value, times the
-    same weight. Only edges between two kept nodes can be removed, so gates of zeros ablate the nodes alone.
+    same weight. That goes beyond the ablation of the node read only where this is a value: what attention
+    makes of an ablated value varies with the attention to it.
+
+    `means` has for each site the means of its nodes (channels), and `reads` for the site of the values those
+    of what attention makes of them, both from `means_over`.
     """
 
     def __init__(self, model, means, reads, ablation="mean", edges=()):
@@ -122,6 +128,7 @@ class Nodes:
         self.nodes = sum(self.sizes)
         self.device = next(model.parameters()).device
         self.places = dict(zip(self.sites, np.cumsum([0, *self.sizes[:-1]]).tolist(), strict=True))
+        self.folded = []  # (site, channel) of `with_value`
         self.set_edges(edges)
 
     def set_edges(self, edges):
@@ -140,6 +147,7 @@ class Nodes:
     def with_value(self, site, channel, value):
         """The same, but that this node is `value` when it is ablated."""
         other, values = copy.copy(self), self.ablated[site].clone()
+        other.folded = [*self.folded, (site, channel)]
         values[channel] = value
         other.ablated = self.ablated | {site: values}
         return other
@@ -179,9 +187,17 @@ class Nodes:
         rest[..., self.nodes:] = 1
         return rest
 
+    def cut(self, gates):
+        """The numbers of those of `edges` that are removed, the node read being an ablated value and the
+        other kept: with the kept nodes and `edges_in` they are all of a circuit."""
+        of_value = torch.tensor([edge[0].endswith("attn_v") for edge in self.edges], dtype=torch.bool)
+        ends = gates[self.ends] != 0
+        cut = of_value.to(self.device) & (gates[self.nodes:] == 0) & ~ends[:, 0] & ends[:, 1]
+        return cut.nonzero()[:, 0].tolist()
+
     def removals(self, gates):
         """For each Linear with some of `edges` a function of its input and output that removes these."""
-        off, found = (1 - gates[..., self.nodes:]) * self.joined(gates), []
+        off, found = 1 - gates[..., self.nodes:], []
         for linear, read, mine, ins, outs, at in self.by_linear:
             lost = off.new_zeros(*off.shape[:-1], len(outs) * len(ins)).index_copy(-1, at, off[..., mine])
             lost = lost.unflatten(-1, (len(outs), len(ins))) * linear.weight[outs][:, ins]
@@ -330,8 +346,12 @@ def matrices(model):
 def weights_between(model, kept):
     """The nonzero weights between nodes, site -> channels: (site read, channel, site written, channel,
     weight)."""
-    return [(read, i, written, o, weight[o, i].item()) for read, written, weight, _ in matrices(model)
-            for o in kept.get(written, []) for i in kept.get(read, []) if weight[o, i] != 0]
+    found = []
+    for read, written, weight, _ in matrices(model):
+        outs, ins = kept.get(written, []), kept.get(read, [])
+        part = weight[outs][:, ins]
+        found += [(read, ins[i], written, outs[o], part[o, i].item()) for o, i in part.nonzero().tolist()]
+    return found
 
 
 def count(nodes, gates):

@@ -19,12 +19,12 @@ import torch
 
 from checkpoints import write_atomically
 from circuits.controls import result
-from circuits.loaded import load
 from circuits.nodes import Contexts, hooks, node_sites, weights_between
 from circuits.report import HEADINGS
-from circuits.saved import circuit_of, record_at
+from circuits.saved import circuit_of, record_at, run_of
 from circuits.search import apply_fit
-from configurator import configure, ends_explained, fail
+from circuits.tasks import recorded_contexts
+from configurator import configure, ends_explained
 
 circuit = ""  # the path of a circuit.json
 page = ""  # where to write the page; '': circuit.html, beside it
@@ -40,8 +40,8 @@ BINS = 40
 FROZEN = 2**20  # tokens that may be read to see what freezing one node does
 FEW = 32  # contexts, at least, for that
 TO_FREEZE = ("attn_k", "attn_v", "attn_q", "mlp_neuron", "attn_out", "mlp_out", "attn_in", "mlp_in")
-SHOWN = ("task", "target_loss", "fit", "ablation", "answers", "answer_ids", "nodes", "edges", "scale",
-         "shift", "hard", "curve", "runs", "whole_train_loss", "edge_costs", "node_costs", "caveats",
+SHOWN = ("task", "target_loss", "fit", "ablation", "answers", "answer_ids", "nodes", "edges", "cut", "scale",
+         "shift", "hard", "curve", "whole_train_loss", "edge_costs", "node_costs", "caveats",
          "warnings")  # of the record
 
 # ----------------------------------------------------------------------------------------------------------
@@ -95,19 +95,6 @@ def bigrams_of(model, answers, arrays):
 
 # ----------------------------------------------------------------------------------------------------------
 # values of nodes
-
-
-def contexts_of(record, data, block_size):
-    """Contexts of the task: lists of ids and of [right, other] answers, either answer first in turn."""
-    found = record["contexts"]
-    if "positions" in found:
-        pair = record["answer_ids"]
-        sides = [[(data.val[p - block_size:p].tolist(), answers) for p in positions]
-                 for positions, answers in zip(found["positions"], (pair, pair[::-1]), strict=True)]
-    else:
-        sides = [list(zip(ids, answers, strict=True))
-                 for ids, answers in zip(found["ids"], found["answers"], strict=True)]
-    return [context for pair in zip(*sides, strict=False) for context in pair][:MOST_CONTEXTS]
 
 
 @torch.no_grad()
@@ -206,13 +193,13 @@ def freeze(nodes, gates, contexts, record):
     def without(gates, name):
         site, channel = name.rsplit(".", 1)
         less = gates.clone()
-        less[nodes.places[site] + int(channel)] = 1e-9  # at 0 its edges that were removed would be there
+        less[nodes.places[site] + int(channel)] = 0
         return less
 
     def results(pair):
         return [{key: round(result(x)[key], 4) for key in ("loss", "accuracy")} for x in pair]
 
-    before, none = (inside(gates), nodes.judge(few, whole)), inside(0 * gates)
+    before, none = (inside(gates), nodes.judge(few, whole)), inside(nodes.others(whole))
     alone = {name: (inside(without(gates, name)), nodes.judge(few, without(whole, name))) for name in names}
     first, second = record["answer_ids"]
     chosen = (none[:, 0] - none[:, 1]) * few.sides() * (1 if first < second else -1) > 0
@@ -297,14 +284,15 @@ def put_tokens(table, arrays):
 def content(record, model, data, arrays):
     """All that the page shows, as JSON can hold it."""
     nodes, gates = circuit_of(record, model)
-    contexts = contexts_of(record, data, model.config.block_size)
+    contexts = recorded_contexts(record, data, model.config.block_size)[:MOST_CONTEXTS]
     values, texts = describe_nodes(model, record, data, contexts, arrays)
     answers = sorted({i for _, pair in contexts for i in pair} | set(record["answer_ids"]))
     number = sum(int(p.count_nonzero()) for name, p in model.named_parameters() if name != "bigram_table")
     live = number <= LIVE
     tensors = Contexts.of(contexts)
     return {
-        "record": {key: record[key] for key in SHOWN},
+        "record": {key: record[key] for key in SHOWN} | {
+            "runs": [{key: run[key] for key in run if key != "order"} for run in record["runs"]]},
         "results": {name: record["results"][name] for name in (*HEADINGS, "heads", "otherwise", "exchanges")
                     if name in record["results"]},
         "freeze": freeze(nodes, gates, tensors, record),
@@ -351,9 +339,7 @@ def write(record, model, data, path):
 def main():
     configure(globals())
     with record_at(circuit) as record:
-        loaded = load(*os.path.split(record["model"]), device="cpu", dataset=record["dataset"])
-        if loaded.sha256 != record["sha256"]:
-            fail(f"{loaded.path} has changed since {circuit} was written: run circuit.py again")
+        loaded = run_of(record, circuit, device="cpu")
         path = page or os.path.join(os.path.dirname(circuit), "circuit.html")
         size = write(record, loaded.model, loaded.data, path)
     print(f"wrote {path} | {size / 1e6:.2f} MB")

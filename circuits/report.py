@@ -73,7 +73,8 @@ def print_rest(results):
     print(f"\nsize: {c['nodes']:,} of {w['nodes']:,} nodes, {c['edges']:,} of {w['edges']:,} edges "
           f"({c['weights']:,} weights between these nodes); and, "
           f"not counted in these, {c['biases']} biases, {c['embedding_of_tokens']:,} weights of the "
-          f"embedding of tokens that occur here ({c['embedding']:,} of all tokens) and "
+          f"embedding of tokens that occur here ({c['embedding']:,} of all tokens), "
+          f"{c['embedding_of_positions']} of that of positions, and "
           f"{c['unembedding_of_answers']} of the unembedding of the answers ({c['unembedding']:,} of all)")
     ranks = results["first_of_all"]
     print("of all tokens the right answer is the likeliest in {whole:.1%} of contexts in the whole model, "
@@ -83,9 +84,8 @@ def print_rest(results):
             f"whose first character {rule} {share:.1%}" for rule, share in results["rules"].items()))
     seeds = results["seeds"]
     print(f"mask seeds at penalty {seeds['penalty']:g}: {seeds['nodes']} nodes, {seeds['weights']} weights "
-          f"between them; "
-          f"pairs share {[round(x, 2) for x in seeds['overlaps']]} of their nodes; of all {seeds['of']} "
-          f"runs {seeds['failed']} failed")
+          f"between them; pairs share {[round(x, 2) for x in seeds['overlaps']]} of their nodes; of all "
+          f"{seeds['of']} runs {seeds['failed']} failed")
     print_heads(results["heads"])
     if "faithfulness" not in results:
         return
@@ -97,9 +97,9 @@ def print_rest(results):
     print(f"same answer as the whole model: {same['same_answer']:.1%}; correlation of the logit "
           f"differences: {same['correlation']:.2f}\nloss as random ablated nodes are given back: {back}")
     for name, pair in results["beyond"].items():
+        right = "{right:.1%} right (whole model {whole_right:.1%}), " * (name != "ordinary text")
         print(f"beyond, {name}: " + "; all nodes ablated: ".join(
-            "{right:.1%} right (whole model {whole_right:.1%}), same answer {same_answer:.1%}, correlation "
-            "{correlation:.2f}".format(**pair[which])
+            (right + "same answer {same_answer:.1%}, correlation {correlation:.2f}").format(**pair[which])
             for which in ("circuit", "nothing")))
     for head, x in same["attention"].items():
         print("head {0}: attention to its first choice {whole:.2f} in the whole model, {circuit:.2f} in the "

@@ -16,8 +16,8 @@ from circuits.controls import result
 from circuits.loaded import Loaded, load
 from circuits.nodes import Contexts, Nodes, weights_between
 from circuits.search import apply_fit
+from circuits.tasks import recorded_contexts
 from configurator import fail, one_line, read_json
-from runs import windows
 
 FORMAT = 2  # of circuit.json
 
@@ -68,18 +68,10 @@ class Circuit:
         return {self.run.tokenizer.decode([low]): p, self.run.tokenizer.decode([high]): 1 - p}
 
     def contexts(self):
-        """The Contexts that it was judged by."""
-        of, device = self.record["contexts"], self.run.process.device
-        if of["split"] == "val":
-            T, pair = self.run.model.config.block_size, self.record["answer_ids"]
-            positions = torch.tensor([p for group in of["positions"] for p in group], device=device)
-            idx, _ = windows(self.run.data.val, (positions - T).tolist(), T, self.run.process)
-            answers = [list(order) for order, group in zip((pair, pair[::-1]), of["positions"], strict=True)
-                       for _ in group]
-            last = torch.full((len(idx),), T - 1)
-            return Contexts(*(t.to(device) for t in (idx, last, torch.tensor(answers))), positions)
-        return Contexts.of([text for ids, answers in zip(of["ids"], of["answers"], strict=True)
-                            for text in zip(ids, answers, strict=True)], device)
+        """The Contexts that it was judged by. ValueError if the run has other data than it was found on."""
+        run = self.run
+        found = recorded_contexts(self.record, run.data, run.model.config.block_size)
+        return Contexts.of(found, run.process.device)
 
     def result(self, contexts=None, fitted=False):
         """Its loss and accuracy, a dict, on Contexts; by default on those that it was judged by. `fitted`
@@ -119,6 +111,7 @@ def record_at(path):
         record = read_json(path)
         if record["format"] != FORMAT:
             raise ValueError(f"its format is {record['format']}, not {FORMAT}")
+        record.setdefault("cut", [])  # not in files of before there were such edges
         yield record
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         reason = (e.strerror if isinstance(e, OSError) and e.strerror else f"it lacks {e}"
@@ -128,11 +121,12 @@ def record_at(path):
 
 def circuit_of(record, model):
     """The circuit of a circuit.json in its model: the model's nodes, with edges for all weights between two
-    of the kept ones, and the gates."""
+    of the kept ones and those that are "cut", and the gates."""
     device = next(model.parameters()).device
     means, reads = ({site: torch.tensor(values, device=device) for site, values in record[key].items()}
                     for key in ("means", "reads"))
     between = [edge[:4] for edge in weights_between(model, record["nodes"])]
+    between += map(tuple, record["cut"])
     nodes, needed = Nodes(model, means, reads, edges=between), set(map(tuple, record["edges"]))
     gates = torch.zeros(nodes.number, device=device)
     for site, channels in record["nodes"].items():
@@ -141,16 +135,26 @@ def circuit_of(record, model):
     return nodes, gates
 
 
+def run_of(record, path, run=None, device="auto"):
+    """The model of a circuit.json, a Loaded: `run`, or else what is two folders above the file's, or what it
+    names. ValueError if it is another."""
+    if run is None:
+        out_dir, checkpoint = os.path.split(record["model"])
+        above = os.path.normpath(os.path.join(os.path.dirname(path), "..", ".."))
+        out_dir = above if os.path.exists(os.path.join(above, checkpoint)) else out_dir
+        run = load(out_dir, checkpoint, device, record["dataset"])
+    if record["sha256"] != run.sha256:
+        raise ValueError(f"it is of another checkpoint than {run.path}: run circuit.py again")
+    return run
+
+
 def load_circuit(path, run=None, device="auto"):
-    """The circuit of a circuit.json, in its model: `run`, or else what is three folders up.
+    """The circuit of a circuit.json, in its model: `run`, or else a model of its own, from two folders above
+    the file's. What is done to another model, such as `run.frozen`, is not done to this one.
 
     Raises UserError if the file is none, or is of another model, or the model cannot be opened.
     """
     path = os.path.expanduser(os.fspath(path))
     with record_at(path) as record:
-        if run is None:
-            out_dir = os.path.normpath(os.path.join(os.path.dirname(path), "..", ".."))
-            run = load(out_dir, os.path.basename(record["model"]), device, record["dataset"])
-        if record["sha256"] != run.sha256:
-            raise ValueError(f"it is of another checkpoint than {run.path}")
+        run = run_of(record, path, run, device)
         return Circuit(run, record, *circuit_of(record, run.model))

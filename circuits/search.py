@@ -129,8 +129,8 @@ def learn_masks(nodes, contexts, trials, how):
     return tau.detach()
 
 
-def fewest(loss_at, most, target):
-    """The smallest size from 1 to `most` found at which loss_at(size) <= target, or None; the losses seen.
+def fewest(loss_of_size, most, target):
+    """The smallest size from 1 to `most` found whose loss is at most the target, or None; the losses seen.
 
     Doubles until the target is reached, bisects, and looks a little below, as the loss need not fall with
     every node.
@@ -139,7 +139,7 @@ def fewest(loss_at, most, target):
 
     def reaches(size):
         if size not in seen:
-            seen[size] = loss_at(size)
+            seen[size] = loss_of_size(size)
         return seen[size] <= target
 
     sizes = [2**i for i in range(most.bit_length()) if 2**i < most] + [most]
@@ -199,7 +199,7 @@ def find(nodes, learning, choosing, target, how, name, trials=()):
         runs.append({"penalty": penalty, "mask_seed": mask_seed, "nodes": size,
                      "lowest_loss": min(seen.values()), "gates": first_of(order, best),
                      "losses": {str(n): loss for n, loss in sorted(seen.items())},
-                     "order": order[:4 * best].tolist()})
+                     "order": order[:int(max(MORE) * best)].tolist()})
         found = f"{size} nodes" if size else "not reached"
         print(f"{name} | penalty {penalty:g} | mask seed {mask_seed} | {found} | loss {seen[best]:.3f} "
               f"on train | {time.perf_counter() - begun:.0f} s", flush=True)
@@ -258,11 +258,15 @@ class Removal:
         size = count(self.nodes, self.gates)
         self.path.append([size["nodes"], size["edges"], loss])
 
-    def candidates(self):
-        """The gates that may go, cheapest first by estimate: of kept nodes, and of edges between them."""
+    def there(self):
+        """The gates that may go: of kept nodes, and of edges between them."""
         kept = (self.gates[self.nodes.nodes:] != 0) & self.nodes.joined(self.gates)
         edges = self.nodes.nodes + kept.nonzero()[:, 0]
-        there = torch.cat([self.gates[:self.nodes.nodes].nonzero()[:, 0], edges])
+        return torch.cat([self.gates[:self.nodes.nodes].nonzero()[:, 0], edges])
+
+    def candidates(self):
+        """The gates that may go, cheapest first by estimate."""
+        there = self.there()
         costs = estimated_costs(self.nodes, self.some, self.gates, self.fit)[there]
         return there[costs.argsort(stable=True)].tolist()
 
@@ -272,9 +276,22 @@ class Removal:
         return less
 
     def by_measure(self, candidates, contexts):
-        """The loss on these contexts without each of the candidates, a dict, the least first."""
-        losses = {c: self.loss(self.without([c]), contexts) for c in candidates}
+        """The loss without each of the candidates, a dict, the least first: on all contexts, as far as those
+        given tell by how much it rises."""
+        rest = self.path[-1][2] - self.loss(self.gates, contexts)
+        losses = {c: self.loss(self.without([c]), contexts) + rest for c in candidates}
         return {c: losses[c] for c in sorted(losses, key=losses.get)}
+
+    def sweep(self, candidates):
+        """Measure all candidates on some of the contexts, then the cheapest of them on all, and remove these
+        as long as one may go; whether any went."""
+        order, went = list(self.by_measure(candidates, self.some)), False
+        while True:
+            there = set(self.there().tolist())
+            cheapest = [c for c in order if c in there][:MEASURED]
+            if not self.take_of(self.by_measure(cheapest, self.contexts)):
+                return went
+            went = True
 
     def take_of(self, losses):
         """Remove of those that may go alone, of `by_measure`, as many as may together; whether any went."""
@@ -294,6 +311,14 @@ class Removal:
                 return True
         return False
 
+    def mend(self):
+        """Edges of ablated values that are removed come back, as far as the target allows it."""
+        whole = self.gates.clone()
+        whole[[self.nodes.nodes + e for e in self.nodes.cut(whole)]] = 1
+        if (loss := self.loss(whole, self.contexts)) <= self.target:
+            self.gates = whole
+            self.path[-1][2] = loss
+
 
 def needed(nodes, gates, contexts, target, fit=True):
     """Remove edges and nodes from a circuit while its loss on `contexts` is at most `target`. It is given by
@@ -301,10 +326,10 @@ def needed(nodes, gates, contexts, target, fit=True):
     gates for both, and the path: [nodes, edges, loss], ....
 
     In each round the candidates of least estimated cost are measured alone, on some of the contexts; as many
-    of the cheapest go together as the target allows on all. When not even one of them may go, all candidates
-    are measured so, the cheapest of them on all contexts, and the search ends if none may go. Many
-    candidates, as a dense model has, first go in large bites by their estimates alone. Nodes that are
-    constant in what is left are folded into the biases.
+    of the cheapest go together as the target allows on all. When not even one of them may go there is a
+    `sweep` of all candidates, and the search ends if none may go. Many candidates, as a dense model has,
+    first go in large bites by their estimates alone. Nodes that are constant in what is left are folded into
+    the biases.
     """
     circuit = Removal(nodes, gates, contexts, target, fit)
     while order := circuit.candidates():
@@ -313,9 +338,9 @@ def needed(nodes, gates, contexts, target, fit=True):
             continue
         if circuit.take_of(circuit.by_measure(order[:MEASURED], circuit.some)):
             continue
-        cheapest = list(circuit.by_measure(order, circuit.some))[:MEASURED]
-        if not circuit.take_of(circuit.by_measure(cheapest, contexts)):
+        if not circuit.sweep(order):
             break
+    circuit.mend()
     return (*fold(circuit), circuit.path)
 
 
@@ -356,7 +381,7 @@ def smallest(nodes, runs, choosing, target, fit=True):
         begun, were = time.perf_counter(), count(nodes, gates)
         inside, gates, path = needed(nodes, gates, choosing, target, fit)
         found.append((run, inside, gates, path))
-        print(f"needed | {were['nodes']} nodes, {were['weights']} weights between them -> "
+        print(f"needed | from {more:g} x the fewest: {were['nodes']} nodes, {were['weights']} weights -> "
               f"{path[-1][0]} nodes, {path[-1][1]} edges | loss {path[-1][2]:.3f} on train | "
               f"{time.perf_counter() - begun:.0f} s", flush=True)
     return min(found, key=lambda parts: parts[3][-1][1::-1])

@@ -8,6 +8,7 @@ list of hard inputs, by kind.
 """
 import difflib
 import hashlib
+import itertools
 import os
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from runs import windows
 from tokenizer import one_token
 
 TARGET = 0.15  # the paper's
-FEWEST = 16  # contexts that a set must have
+FEWEST = 16  # contexts that a task must have to learn and choose by, and as many to judge by
 FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tasks")
 KINDS = ({"answers", "contains"}, {"prompts", "held_out"}, {"families"})
 ALSO = {"target_loss", "beyond"}
@@ -84,8 +85,9 @@ def with_ids(spec, tokenizer):
         raise ValueError(f"{missing[0]!r} is missing")
     beyond = [str(other) for other in spec.get("beyond", ())]
     if "families" in spec:
-        return {"beyond": beyond, "families": {str(family): spelled(tokenizer, prompts)
-                                               for family, prompts in spec["families"].items()}}
+        found = {str(family): spelled(tokenizer, prompts) for family, prompts in spec["families"].items()}
+        check_answers(found)
+        return {"beyond": beyond, "families": found}
     if "answers" in spec:
         answers = spec["answers"]
         if type(answers) is not list or len(answers) != 2 or not isinstance(spec.get("contains", ""), str):
@@ -98,9 +100,14 @@ def with_ids(spec, tokenizer):
     found = {part: spelled(tokenizer, spec[part]) for part in ("prompts", "held_out")}
     if {tuple(ids) for ids, _ in found["prompts"]} & {tuple(ids) for ids, _ in found["held_out"]}:
         raise ValueError("held_out has prompts that are among prompts: remove them")
-    if any(right == other for part in found.values() for _, (right, other) in part):
-        raise ValueError("two different answers to each prompt")
+    check_answers(found)
     return found | {"beyond": beyond}
+
+
+def check_answers(found):
+    """ValueError unless the two answers to each prompt of the lists in this dict are different."""
+    if any(right == other for prompts in found.values() for _, (right, other) in prompts):
+        raise ValueError("two different answers to each prompt")
 
 
 def spelled(tokenizer, prompts):
@@ -151,8 +158,8 @@ class Source:
         for answer in spec["pair"]:
             places = rng.permutation(np.flatnonzero(tokens[length:] == answer)) + length
             if wanted:
-                places = [p for p in places if wanted in tokenizer.decode_bytes(tokens[p - length:p])]
-            found.append(places[:most // 2])
+                places = (p for p in places if wanted in tokenizer.decode_bytes(tokens[p - length:p]))
+            found.append([*itertools.islice(places, most // 2)])
         n = min(map(len, found))
         if n < FEWEST:
             shortest = tokenizer.decode([spec["pair"][min((0, 1), key=lambda c: len(found[c]))]])
@@ -236,6 +243,23 @@ def contexts_record(contexts, answers):
     ids = [contexts.idx[row, :contexts.last[row] + 1].tolist() for row in range(len(contexts))]
     return {"split": "held_out", "ids": [[ids[row] for row in rows] for rows in groups],
             "answers": [contexts.answers[rows].tolist() for rows in groups]}
+
+
+def recorded_contexts(record, data, block_size):
+    """The contexts of a circuit.json: a list of (ids, [right, other]), either answer the right one in turn.
+
+    ValueError if `data`, a runs.Data, is not the text from which they are.
+    """
+    of = record["contexts"]
+    if of["split"] == "val":
+        pair, sides = record["answer_ids"], []
+        for positions, answers in zip(of["positions"], (pair, pair[::-1]), strict=True):
+            if not all(block_size <= p < len(data.val) and data.val[p] == answers[0] for p in positions):
+                raise ValueError(f"its contexts are not in this data: it was found on {record['dataset']}")
+            sides.append([(data.val[p - block_size:p].tolist(), answers) for p in positions])
+    else:
+        sides = [zip(*side, strict=True) for side in zip(of["ids"], of["answers"], strict=True)]
+    return [context for pair in itertools.zip_longest(*sides) for context in pair if context]
 
 
 def prompts_record(families):

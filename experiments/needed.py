@@ -228,7 +228,6 @@ def start_worker(settings):
     circuit_sizes.start_worker({"jobs": jobs, "device": device})
 
 
-
 # ----------------------------------------------------------------------------------------------------------
 # what was found
 

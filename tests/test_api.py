@@ -359,7 +359,7 @@ def test_a_model_is_opened_from_any_folder(folder, tmp_path, monkeypatch, librar
 
 def test_an_error_of_a_script_ends_it_with_its_line(tmp_path, capsys):
     """And with status 2."""
-    with pytest.raises(UserError, match="no checkpoint at .*: train without") as error:
+    with pytest.raises(UserError, match="no checkpoint at .*: check --out_dir") as error:
         load(tmp_path)
     assert isinstance(error.value, SystemExit) and error.value.code == 2
     assert capsys.readouterr().err == f"error: {error.value}\n"
