@@ -159,7 +159,8 @@ def main():
     circuit = chosen, inside, gates, path = search.smallest(nodes, runs, choosing, target, fit)
     results, fitted, stopped = results_of(loaded, contexts, nodes, runs, circuit, how, target)
     pair = spec.get("pair") or judging.answers[0].sort().values.tolist()
-    table, warned = report.table_of(results), list(asked.warnings_of(nodes, runs, chosen, gates, judging))
+    table, loss = report.table_of(results), results["circuit_fitted" if fit else "circuit"]["loss"]
+    warned = list(asked.warnings_of(nodes, runs, chosen, gates, contexts[0], loss, target))
     warned += ["stopped by Ctrl-C: the controls that are not in the table were not made"] * stopped
     kind = "contexts of val" if "pair" in spec else "held-out prompts"
     report.print_table(table, f"{len(judging)} {kind}")

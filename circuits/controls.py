@@ -19,6 +19,8 @@ from tokenizer import spell
 DRAWS = 5  # of random nodes
 GIVEN_BACK = (0.1, 0.25, 0.5, 0.75)  # shares of the ablated nodes
 LARGE = 0.1  # a circuit with a larger share of all nodes explains little
+FEW = 100  # contexts that choose the size and the fit, fewer than which may mislead
+CARRIES = 1.5  # times the target is the loss, at most, of a circuit that carries over
 
 # ----------------------------------------------------------------------------------------------------------
 # results
@@ -401,15 +403,22 @@ def check_able(name, nodes, train, choosing, target, fit, reason=""):
     return loss
 
 
-def warnings_of(nodes, runs, chosen, gates, contexts):
-    """What the reader of the result should know of the search, a line each."""
+def warnings_of(nodes, runs, chosen, gates, sets, loss, target):
+    """What the reader of the result should know of the search, a line each. `loss` is the circuit's, fitted
+    if the target is, on the last of the three `sets` of contexts, of which the middle one chose it."""
+    _, choosing, judging = sets
+    if loss > CARRIES * target:
+        yield (f"the circuit does not carry over: its loss is {loss:.3f} where it is judged, far above the "
+               f"target of {target:g}; more, and more different, contexts to choose by may help")
+    if len(choosing) < FEW:
+        yield f"only {len(choosing)} contexts chose the size and the fit: write some hundreds of prompts"
     tried = sorted({run["penalty"] for run in runs})
     if chosen["penalty"] in (tried[0], tried[-1]):
         yield (f"the best penalty, {chosen['penalty']:g}, is at the edge of those tried, {tried[0]:g} to "
                f"{tried[-1]:g}: a smaller circuit may lie beyond")
     if count(nodes, gates)["nodes"] > LARGE * nodes.nodes:
         yield "the circuit has more than a tenth of all nodes: it explains little"
-    if (number := contexts.pairs()) > 1:
+    if (number := judging.pairs()) > 1:
         yield f"the task has {number} pairs of answers: the picture and what heads add are of one of them"
 
 

@@ -25,7 +25,7 @@ import configurator
 import runs
 from checkpoints import opened_beside
 from circuits.nodes import Nodes, hooks, matrices, means_over, node_sites
-from model import GPT
+from model import GPT, attention_weights
 from tokenizer import load_tokenizer, one_token, spell, tokenizer_in
 
 WINDOWS = 1024  # of train, for the means; of val, where a node is looked for
@@ -171,6 +171,14 @@ class Loaded:
         with hooks(pairs):
             logits, _ = self.model(self.batch(ids))
         return logits[0], nodes
+
+    def attention(self, nodes, block=0):
+        """What each token attends to in a block, (n_head, T, T), of nodes that `read` returned. What is left
+        of 1 goes to the sink."""
+        attn = self.model.transformer.h[block].attn
+        q, k = (nodes[f"{block}.attn.attn_{x}"].unflatten(-1, (attn.n_head, -1)).transpose(0, 1)
+                for x in "qk")
+        return attention_weights(q[None], k[None], attn.sink_logit)[0]
 
     def attribution(self, ids, first, second):
         """How much each node makes a token likelier than another after a text or ids: site -> (channels).

@@ -6,6 +6,7 @@ circuit.py calls `describe` for what is drawn, which it keeps in circuit.json, a
 the residual stream stands beside the tokens that write most to its channel. The legend says the rest.
 """
 import os
+import textwrap
 
 import torch
 
@@ -29,11 +30,12 @@ SITES = {  # location -> what its column is called, and its place among those of
     "attn_in": ("attention reads", 0), "attn_q": ("query", 1), "attn_k": ("key", 1), "attn_v": ("value", 1),
     "attn_out": ("attention writes", 2), "mlp_in": ("MLP reads", 3), "mlp_neuron": ("neuron", 4),
     "mlp_out": ("MLP writes", 5)}
-LEGEND = """Blue is positive, red negative. A line is as thick as its weight times the spread of the node it
-comes from; dashed: a channel of the stream that is written and read. Under queries, keys and
-neurons: the tokens at which they are largest and smallest; under values: those of which the
-last token reads most. Below, contexts: the darker a token, the more the last one attends to it;
-then the answer, and by how much of a (fitted) logit the circuit prefers it to the other."""
+LEGEND = """Blue is positive, red negative. A line is as thick as its weight times the spread of the node
+it comes from. On the left: the tokens that write most to a channel. Under queries, keys and neurons: those
+at which they are largest and smallest; under values: those of which the last token reads most. Below,
+contexts: the darker a token, the more the last one attends to it; then the answer, and by how much of a
+(fitted) logit the circuit prefers it to the other."""
+STREAM = " A dashed line is a channel of the stream that is written and read."
 
 # ----------------------------------------------------------------------------------------------------------
 # what is drawn
@@ -188,6 +190,7 @@ def draw_tokens(axis, xy, offset, tokens, align):
     """A row of [token, number], coloured by sign, from `offset` (points): to the right if aligned left."""
     x, y = offset
     for token, number in tokens if align == "left" else reversed(tokens):
+        token = token.replace(" ", "␣")
         axis.annotate(token, xy, xytext=(x, y), textcoords="offset points", fontsize=7.5, family="monospace",
                       color=COLORS[number > 0], ha=align, va="center", parse_math=False, zorder=4,
                       bbox={"facecolor": "0.95", "edgecolor": "none", "pad": 0.8})
@@ -237,15 +240,16 @@ def draw_examples(axis, record):
 
 
 def heads_table(heads, answers):
-    """What each head finds, of controls.heads_of, as text: a line for a token. What it adds to the first
-    answer is less what it adds to the other."""
+    """What each head finds, of controls.heads_of, as text: a line for a token, of those that add something
+    first. What it adds to the first answer is less what it adds to the other."""
     head = f"adds to {answers[0]}"
     lines = [f"{'what the last token finds':28}attention {head:>17}  values"] if heads else []
     for head, found in list(heads.items())[:HEADS]:
         channels = "".join(f"{c:>7}" for c in found["channels"][:VALUES])
         lines.append(f"by head {head}".ljust(56) + channels)
+        rows = sorted(found["tokens"], key=lambda row: abs(row[3]) < 0.005)[:ROWS]
         lines += [f"   {token:25}{share:9.2f}{adds:+18.2f} {''.join(f'{v:+7.2f}' for v in values[:VALUES])}"
-                  for token, share, values, adds, _ in found["tokens"][:ROWS]]
+                  for token, share, values, adds, _ in rows]
     return "\n".join(lines)
 
 
@@ -300,7 +304,8 @@ def draw(record, path):
                     + f"; {left_out:,} weaker edges are not drawn" * (left_out > 0), fontsize=10)
     axis.set(xlim=(-0.75, right + 0.3), ylim=(-0.06, 1.05))
     axis.axis("off")
-    axis.text(-0.75, -0.04, LEGEND, fontsize=7, color="0.3", va="top")
+    legend = textwrap.fill(LEGEND + STREAM * bool(record["picture"]["stream"]), 96)
+    axis.text(-0.75, -0.04, legend, fontsize=7, color="0.3", va="top")
     table = heads_table(record["results"].get("heads", {}), record["picture"]["answers"])
     axis.text(0.52 * right, -0.04, table, fontsize=7, va="top", family="monospace", parse_math=False)
     draw_examples(below, record)

@@ -48,9 +48,15 @@ class Circuit:
 
     def logits(self, ids):
         """Logits (vocab_size) of what comes after a text or ids, with all else of the model ablated."""
-        idx = self.run.batch(ids)
+        return self.read(ids)[0]
+
+    def read(self, ids):
+        """Logits (vocab_size) of what comes after a text or ids, and the nodes as they are in the circuit:
+        site -> (T, channels), of the last block after its attention (1, channels), the last token's."""
+        idx, nodes = self.run.batch(ids), {}
         last = torch.tensor([idx.size(1) - 1], device=idx.device)
-        return self.nodes.next_logits(Contexts(idx, last, idx[:, :0]), self.gates)[0]
+        logits = self.nodes.next_logits(Contexts(idx, last, idx[:, :0]), self.gates, watch=nodes.__setitem__)
+        return logits[0], {site: x[0] for site, x in nodes.items()}
 
     def scale_and_shift(self, fitted):
         """Scale and shift of the margin of two logits: of the circuit's fit, or (1, 0). ValueError if the

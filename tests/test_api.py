@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import runs
 from checkpoints import load_checkpoint
 from circuits import Circuit, askable, compare, load, load_circuit, search
 from circuits.controls import loss_of
+from circuits.nodes import hooks
 from circuits.search import estimated_costs
 from circuits.tasks import Source
 from configurator import UserError, settings_of
@@ -120,6 +122,22 @@ def test_reading_gives_the_models_logits_and_all_its_nodes(quickstart):
         assert quickstart.read(IDS)[0].dtype == torch.float32
     for ids in (range(6), np.arange(6), np.arange(6)[None], torch.arange(6, dtype=torch.int32)):
         assert torch.equal(quickstart.read(ids)[0], quickstart.read([0, 1, 2, 3, 4, 5])[0])
+
+
+def test_attention_is_that_of_the_nodes(quickstart):
+    """What the model reads of the values with it is what its projection reads; frozen keys change it."""
+    seen, attn = [], quickstart.model.transformer.h[1].attn
+    with hooks([(attn.c_proj, lambda x: seen.append(x[0]))], before=True):
+        _, nodes = quickstart.read(IDS)
+    attention = quickstart.attention(nodes, block=1)
+    T = len(IDS)
+    assert attention.shape == (attn.n_head, T, T) and not attention.triu(1).any()
+    values = nodes["1.attn.attn_v"].view(T, attn.n_head, attn.d_head).transpose(0, 1)
+    torch.testing.assert_close((attention @ values).transpose(0, 1).reshape(T, -1), seen[0])
+    with quickstart.frozen({"0.attn.attn_k": list(range(attn.d_head))}, at=3.0):
+        frozen = quickstart.attention(quickstart.read(IDS)[1])
+    changed = (frozen != quickstart.attention(nodes)).flatten(1).any(1)
+    assert changed.tolist() == [True] + [False] * (attn.n_head - 1)
 
 
 def test_tokens_are_spelled(quickstart):
@@ -439,6 +457,33 @@ def test_a_circuit_reads_any_text(saved):
                 lambda: saved.without().result(fitted=True)):
         with pytest.raises(ValueError, match="not of the rest of the model|there are no token ids"):
             ask()
+
+
+def test_nodes_are_read_inside_the_circuit(saved):
+    """Ablated ones at their means, kept ones as other ablated ones leave them; freezing reaches them."""
+    one = saved.contexts().idx[3]
+    logits, nodes = saved.read(one)
+    assert torch.equal(logits, saved.logits(one)) and nodes.keys() == saved.nodes.sites.keys()
+    for site, x in nodes.items():
+        off = [c for c in range(x.size(1)) if c not in saved.kept.get(site, ())]
+        mean = torch.tensor(saved.record["means"][site])
+        assert torch.equal(x[:, off], mean[off].expand(len(x), -1))
+        late = site.startswith(f"{saved.run.model.config.n_layer - 1}.") and not site.endswith(
+            ("attn_in", "attn_q", "attn_k", "attn_v"))
+        assert len(x) == (1 if late else len(one))
+    site, [channel, *_] = next(iter(saved.kept.items()))
+    with saved.run.frozen({site: channel}, at=2.5):
+        assert (saved.read(one)[1][site][:, channel] == 2.5).all()
+
+
+def test_a_circuit_is_not_judged_by_other_data_than_its_own(saved):
+    """What comes next there is then not the answer, or there is no such place."""
+    other, val = copy.copy(saved.run.data), saved.run.data.val.copy()
+    positions = saved.record["contexts"]["positions"]
+    for other.val in (np.roll(val, 1), val[:max(map(max, positions))]):
+        with pytest.raises(ValueError, match="not in this data: it was found on"):
+            replace(saved, run=replace(saved.run, data=other)).result()
+    assert replace(saved, run=replace(saved.run, data=saved.run.data)).result() == saved.result()
 
 
 def test_a_circuit_of_another_model_or_none_is_refused(quickstart, tmp_path):

@@ -856,6 +856,36 @@ def test_the_rest_can_be_ablated_otherwise(known):
     assert moved["as in any text"] != nothing["as in any text"]
 
 
+def test_the_rest_is_lent_by_contexts_that_are_no_shorter(known, monkeypatch):
+    """And never by a context itself, nor by what fills it up; folded nodes stay what they always are."""
+    nodes, contexts = nodes_of(known).with_value("0.attn.attn_q", 0, 7.0), some_contexts(60)
+    contexts.last[::2], contexts.last[::3] = T - 3, T - 4
+    contexts.idx[torch.arange(T) > contexts.last[:, None]] = 15  # which is nowhere else, and like no other
+    known.transformer.wte.weight[15] = 9.0
+    lent, used = [], []
+    original = Nodes.logits
+
+    def logits(nodes, contexts, gates, watch=None, instead=None, **how):
+        if watch:
+            lent.append(contexts)
+        if instead:
+            used.append((contexts, instead))
+        return original(nodes, contexts, gates, watch=watch, instead=instead, **how)
+
+    monkeypatch.setattr(Nodes, "logits", logits)
+    text = some_contexts(90, seed=4)
+    asked.rest_otherwise(nodes, gates_of(nodes, KNOWN), contexts, text, (1.0, 0.0), 0)
+    others, _, mixed = lent
+    assert (others.last >= contexts.last).all() and (others.last > contexts.last).any()
+    assert not (others.idx == contexts.idx).all(1).any()
+    assert all((values["0.attn.attn_q"][..., 0] == 7).all() for _, values in used)
+    there, real = {}, torch.arange(T) <= mixed.last[:, None]
+    original(nodes, mixed, torch.ones(nodes.number), watch=there.__setitem__)
+    for t in range(T):  # what is lent at a token is what some context has there
+        read = there["0.attn.attn_in"][real[:, t], t]
+        assert torch.isin(used[3][1]["0.attn.attn_in"][:, t], read).all()
+
+
 def replace_idx(contexts, idx):
     return Contexts(idx, contexts.last[:len(idx)], contexts.answers[:len(idx)])
 
@@ -1010,8 +1040,10 @@ def test_nonsense_is_consistent(known):
 
 
 def test_a_task_that_needs_no_circuit_is_warned_of(known, capsys):
-    """Where the last token alone reaches the target; at the edge of the penalties; of a large circuit."""
+    """Where the last token alone reaches the target; at the edge of the penalties; of a circuit that is
+    large, does not carry over, or was chosen by few contexts."""
     nodes, contexts = nodes_of(known), some_contexts(64)
+    sets, chosen_by_few = [None, some_contexts(128), contexts], [None, some_contexts(8), contexts]
     contexts.idx[:, -1] = torch.where(contexts.answers[:, 0] == X, 7, 8)
     train = np.tile([7, X, 8, Y], 50)
     known.bigram_table[7, X] = known.bigram_table[8, Y] = 8
@@ -1019,9 +1051,21 @@ def test_a_task_that_needs_no_circuit_is_warned_of(known, capsys):
     assert capsys.readouterr().out.count("alone reaches the target") == 2
     runs = [{"penalty": p} for p in (1e-3, 1e-2)]
     few, many = gates_of(nodes, {"0.attn.attn_k": [0]}), torch.ones(nodes.number)
-    assert not list(asked.warnings_of(nodes, [*runs, {"penalty": 1e-1}], runs[1], few, contexts))
-    assert [line.split(",")[0] for line in asked.warnings_of(nodes, runs, runs[1], many, contexts)] == [
+    assert not list(asked.warnings_of(nodes, [*runs, {"penalty": 1e-1}], runs[1], few, sets, 0.2, 0.15))
+    assert [line.split(":")[0] for line in asked.warnings_of(
+        nodes, [*runs, {"penalty": 1e-1}], runs[1], few, chosen_by_few, 0.23, 0.15)] == [
+            "the circuit does not carry over", "only 8 contexts chose the size and the fit"]
+    found = asked.warnings_of(nodes, runs, runs[1], many, sets, 0.2, 0.15)
+    assert [line.split(",")[0] for line in found] == [
         "the best penalty", "the circuit has more than a tenth of all nodes: it explains little"]
+
+
+def test_a_task_is_no_nonsense_of_its_own(task, capsys):
+    """Asked after its own contexts the answers are what they were: that control is left out, and said so."""
+    task(answers=["r", "t"], target_loss=5.0)
+    assert run(f"circuit.py --task=task.json --nonsense_task=task.json --page=False {SMALL}") == 0
+    assert "without the control of nonsense_task: it is the task itself" in capsys.readouterr().out
+    assert "another_task" not in json.loads(read("out/circuits/task/circuit.json"))["results"]
 
 
 def test_the_mask_seeds_of_the_best_penalty_are_compared(known):
