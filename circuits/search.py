@@ -258,15 +258,11 @@ class Removal:
         size = count(self.nodes, self.gates)
         self.path.append([size["nodes"], size["edges"], loss])
 
-    def there(self):
-        """The gates that may go: of kept nodes, and of edges between them."""
+    def candidates(self):
+        """The gates that may go, cheapest first by estimate: of kept nodes, and of edges between them."""
         kept = (self.gates[self.nodes.nodes:] != 0) & self.nodes.joined(self.gates)
         edges = self.nodes.nodes + kept.nonzero()[:, 0]
-        return torch.cat([self.gates[:self.nodes.nodes].nonzero()[:, 0], edges])
-
-    def candidates(self):
-        """The gates that may go, cheapest first by estimate."""
-        there = self.there()
+        there = torch.cat([self.gates[:self.nodes.nodes].nonzero()[:, 0], edges])
         costs = estimated_costs(self.nodes, self.some, self.gates, self.fit)[there]
         return there[costs.argsort(stable=True)].tolist()
 
@@ -276,22 +272,9 @@ class Removal:
         return less
 
     def by_measure(self, candidates, contexts):
-        """The loss without each of the candidates, a dict, the least first: on all contexts, as far as those
-        given tell by how much it rises."""
-        rest = self.path[-1][2] - self.loss(self.gates, contexts)
-        losses = {c: self.loss(self.without([c]), contexts) + rest for c in candidates}
+        """The loss on these contexts without each of the candidates, a dict, the least first."""
+        losses = {c: self.loss(self.without([c]), contexts) for c in candidates}
         return {c: losses[c] for c in sorted(losses, key=losses.get)}
-
-    def sweep(self, candidates):
-        """Measure all candidates on some of the contexts, then the cheapest of them on all, and remove these
-        as long as one may go; whether any went."""
-        order, went = list(self.by_measure(candidates, self.some)), False
-        while True:
-            there = set(self.there().tolist())
-            cheapest = [c for c in order if c in there][:MEASURED]
-            if not self.take_of(self.by_measure(cheapest, self.contexts)):
-                return went
-            went = True
 
     def take_of(self, losses):
         """Remove of those that may go alone, of `by_measure`, as many as may together; whether any went."""
@@ -326,10 +309,10 @@ def needed(nodes, gates, contexts, target, fit=True):
     gates for both, and the path: [nodes, edges, loss], ....
 
     In each round the candidates of least estimated cost are measured alone, on some of the contexts; as many
-    of the cheapest go together as the target allows on all. When not even one of them may go there is a
-    `sweep` of all candidates, and the search ends if none may go. Many candidates, as a dense model has,
-    first go in large bites by their estimates alone. Nodes that are constant in what is left are folded into
-    the biases.
+    of the cheapest go together as the target allows on all. When not even one of them may go, all candidates
+    are measured so, the cheapest of them on all contexts, and the search ends if none may go. Many
+    candidates, as a dense model has, first go in large bites by their estimates alone. Nodes that are
+    constant in what is left are folded into the biases.
     """
     circuit = Removal(nodes, gates, contexts, target, fit)
     while order := circuit.candidates():
@@ -338,7 +321,8 @@ def needed(nodes, gates, contexts, target, fit=True):
             continue
         if circuit.take_of(circuit.by_measure(order[:MEASURED], circuit.some)):
             continue
-        if not circuit.sweep(order):
+        cheapest = list(circuit.by_measure(order, circuit.some))[:MEASURED]
+        if not circuit.take_of(circuit.by_measure(cheapest, contexts)):
             break
     circuit.mend()
     return (*fold(circuit), circuit.path)

@@ -308,15 +308,15 @@ def draw(found):
     targets = [t for t in TARGETS if found.reached(t, 1)]
     for axis, column, words in zip(axes, ("weights", "needed_edges"), (
             "all weights between kept nodes", "needed edges alone"), strict=True):
-        for label, flags in MODELS.items():
+        for place, (label, flags) in enumerate(MODELS.items()):
             sizes = [found.sizes(column, flags, t, 1, found.reached(t, 1)) for t in targets]
-            draw_means(axis, targets, sizes, label)
-        axis.set(yscale="log", xscale="log", title=words, xlabel="target loss of the circuit (tasks that "
-                 f"all models reach: {', '.join(str(len(found.reached(t, 1))) for t in targets)})")
-        axis.set_xticks(targets, [f"{t:g}" for t in targets])
+            beside = 1.02 ** (place - len(MODELS) // 2)  # so that no bar hides another
+            draw_means(axis, [t * beside for t in targets], sizes, label)
+        axis.set(yscale="log", xscale="log", title=words, xlabel="target loss of the circuit, in nats")
+        axis.set_xticks(targets, [f"{t:g}\n{len(found.reached(t, 1))} tasks" for t in targets])
         axis.minorticks_off()
         plain(axis)
-    axes[0].set_ylabel(f"edges, geometric mean over tasks; n = {len(SEEDS)}")
+    axes[0].set_ylabel(f"edges, geometric mean; bars: {len(SEEDS)} seeds")
     axes[1].legend(frameon=False, fontsize=8)
     save(figure, image)
 

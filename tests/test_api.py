@@ -509,9 +509,9 @@ def test_the_block_of_the_readme_runs(folder, monkeypatch, capsys):
                if block.startswith("python\n") and "from circuits import" in block]
     names = {}
     exec(block.removeprefix("python\n"), names)  # noqa: S102  our own text
-    assert names["logits"].shape[1] == 257 and not torch.equal(names["logits"], names["without"])
+    assert names["logits"].shape[1] == 257 and names["attention"].shape == (16, *[len(names["ids"])] * 2)
     assert " -> " in capsys.readouterr().out
-    assert names["effects"].keys() == names["nodes"].keys()
+    assert names["estimates"].keys() == names["nodes"].keys()
 
 
 # ----------------------------------------------------------------------------------------------------------

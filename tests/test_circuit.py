@@ -1186,7 +1186,8 @@ def test_of_a_large_circuit_the_strongest_edges_are_drawn(monkeypatch):
 
 
 def test_the_table_in_the_picture_has_a_line_for_a_token():
-    """Share of attention, what it adds to the first answer, values; of few heads, tokens and channels."""
+    """Share of attention, what it adds to the first answer, values; of few heads, tokens and channels. A
+    token that adds nothing comes last."""
     tokens = [[f"t{i}", i / 8, [i + c / 10 for c in range(6)], -i / 2, 3] for i in range(8)]
     heads = {f"0.{h}": {"channels": list(range(10, 16)), "tokens": tokens} for h in range(5)}
     head, *lines = picture.heads_table(heads, ["X", "Y"]).splitlines()
@@ -1194,8 +1195,8 @@ def test_the_table_in_the_picture_has_a_line_for_a_token():
     assert [line.split() for line in lines if "by head" in line] == [
         ["by", "head", f"0.{h}", *map(str, range(10, 10 + picture.VALUES))] for h in range(picture.HEADS)]
     rows = [line.split() for line in lines if "by head" not in line]
-    assert [token for token, *_ in rows] == [f"t{i}" for i in range(picture.ROWS)] * picture.HEADS
-    listed = tokens[:picture.ROWS] * picture.HEADS
+    assert [token for token, *_ in rows] == [f"t{i}" for i in range(1, picture.ROWS + 1)] * picture.HEADS
+    listed = tokens[1:picture.ROWS + 1] * picture.HEADS
     for row, (token, share, values, adds, _) in zip(rows, listed, strict=True):
         assert row[0] == token and [float(x) for x in row[1:]] == pytest.approx(
             [share, adds, *values[:picture.VALUES]], abs=0.006)
