@@ -187,7 +187,8 @@ def random_model(encoding, seed=0, **settings):
 
 
 def random_record(model, encoding, seed=0):
-    """A record, as circuit.py writes it, of a third of the nodes and half of the weights between them."""
+    """A record, as circuit.py writes it, of a third of the nodes, half of the weights between them, and some
+    edges of ablated values that are removed."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     widths = {"attn_in": 32, "attn_out": 32, "mlp_in": 32, "mlp_out": 32, "mlp_neuron": 128,
@@ -212,13 +213,20 @@ def random_record(model, encoding, seed=0):
                     "labels_shuffled": {"loss": 0.69, "accuracy": 0.5, "reached": 1, "of": 5}},
         "curve": [[9, 20, 0.1]], "caveats": "None <b>at all</b>."}
     record["edges"] = [edge[:4] for edge in weights_between(model, record["nodes"]) if rng.random() < 0.5]
+    values = {f"{i}.attn.attn_v": [c for c in range(32) if c not in nodes[f"{i}.attn.attn_v"]]
+              for i in range(model.config.n_layer)}
+    outs = {site: channels for site, channels in nodes.items() if site.endswith("attn_out")}
+    record["cut"] = [edge[:4] for edge in weights_between(model, values | outs)][:9]
     record["edge_costs"] = [0.1] * len(record["edges"])
     record["node_costs"] = {f"{site}.{c}": 0.1 for site, channels in nodes.items() for c in channels}
     return record
 
 
 def random_data(encoding):
+    """Text in which the answers of `random_record` come at its positions."""
     ids = encoding.encode(read(json.__file__) + "".join(HOSTILE) * 30)
+    for p in (40, 50, 60, 70, 80, 90):
+        ids[p] = 301 if p % 20 else 300
     return SimpleNamespace(val=np.array(ids, dtype="<u2"), tokenizer=spelled(encoding))
 
 
@@ -313,7 +321,7 @@ def test_the_model_in_the_page_is_the_model(name, browser, encoding, tmp_path):
                          + f"&{len(cases)}")
         cut = {tuple(edge[:4]) for edge in edges}
         if mode == "circuit":
-            cut |= {tuple(edge[:4]) for edge in between} - needed
+            cut |= {tuple(edge[:4]) for edge in [*between, *record["cut"]]} - needed
         cases.append((text, mode, off, flip, cut))
     found = browser.run(f"{RUN}({json.dumps(addresses)})")
     compared = 0
@@ -600,7 +608,7 @@ def test_the_loss_over_all_contexts(opened, browser, encoding):
     browser.wait_for("Boolean(document.documentElement.dataset.measured)")
     found = json.loads(browser.run("document.documentElement.dataset.measured"))
     model, tokens = random_model(encoding, n_layer=1), random_data(encoding).val
-    cut = {tuple(edge[:4]) for edge in weights_between(model, record["nodes"])}
+    cut = {tuple(edge[:4]) for edge in [*weights_between(model, record["nodes"]), *record["cut"]]}
     cut -= {tuple(edge) for edge in record["edges"]}
     losses, with_fit = [], []
     for side, positions in enumerate(record["contexts"]["positions"]):
@@ -633,7 +641,8 @@ def fitted(record, margin):
 
 
 def edges_off(record, model):
-    return {tuple(edge) for edge in edges_at(record, model)} - {tuple(edge) for edge in record["edges"]}
+    off = {tuple(edge) for edge in [*edges_at(record, model), *record["cut"]]}
+    return off - {tuple(edge) for edge in record["edges"]}
 
 
 def shares_shown(browser):
