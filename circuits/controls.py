@@ -408,7 +408,7 @@ def warnings_of(nodes, runs, chosen, gates, sets, loss, target):
     if the target is, on the last of the three `sets` of contexts, of which the middle one chose it."""
     _, choosing, judging = sets
     if loss > CARRIES * target:
-        yield (f"the circuit does not carry over: its loss is {loss:.3f} where it is judged, far above the "
+        yield (f"the circuit is worse where it is judged: its loss there is {loss:.3f}, far above the "
                f"target of {target:g}; more, and more different, contexts to choose by may help")
     if len(choosing) < FEW:
         yield f"only {len(choosing)} contexts chose the size and the fit: write some hundreds of prompts"

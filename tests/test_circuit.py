@@ -1054,7 +1054,7 @@ def test_a_task_that_needs_no_circuit_is_warned_of(known, capsys):
     assert not list(asked.warnings_of(nodes, [*runs, {"penalty": 1e-1}], runs[1], few, sets, 0.2, 0.15))
     assert [line.split(":")[0] for line in asked.warnings_of(
         nodes, [*runs, {"penalty": 1e-1}], runs[1], few, chosen_by_few, 0.23, 0.15)] == [
-            "the circuit does not carry over", "only 8 contexts chose the size and the fit"]
+            "the circuit is worse where it is judged", "only 8 contexts chose the size and the fit"]
     found = asked.warnings_of(nodes, runs, runs[1], many, sets, 0.2, 0.15)
     assert [line.split(",")[0] for line in found] == [
         "the best penalty", "the circuit has more than a tenth of all nodes: it explains little"]
