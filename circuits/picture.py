@@ -32,7 +32,8 @@ SITES = {  # location -> what its column is called, and its place among those of
     "mlp_out": ("MLP writes", 5)}
 LEGEND = """Blue is positive, red negative. A line is as thick as its weight times the spread of the node
 it comes from. On the left: the tokens that write most to a channel. Under queries, keys and neurons: those
-at which they are largest and smallest; under values: those of which the last token reads most. Below,
+at which they are largest and smallest; under values: those of which the last one reads most. The table
+has what one unit of attention to a token adds to the first answer, less what to the other, unfitted. Below,
 contexts: the darker a token, the more the last one attends to it; then the answer, and by how much of a
 (fitted) logit the circuit prefers it to the other."""
 STREAM = " A dashed line is a channel of the stream that is written and read."
@@ -246,7 +247,8 @@ def heads_table(heads, answers):
     lines = [f"{'what the last token finds':28}attention {head:>17}  values"] if heads else []
     for head, found in list(heads.items())[:HEADS]:
         channels = "".join(f"{c:>7}" for c in found["channels"][:VALUES])
-        lines.append(f"by head {head}".ljust(56) + channels)
+        block, number = head.split(".")
+        lines.append(f"by head {number} of block {block}".ljust(56) + channels)
         rows = sorted(found["tokens"], key=lambda row: abs(row[3]) < 0.005)[:ROWS]
         lines += [f"   {token:25}{share:9.2f}{adds:+18.2f} {''.join(f'{v:+7.2f}' for v in values[:VALUES])}"
                   for token, share, values, adds, _ in rows]

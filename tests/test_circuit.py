@@ -1193,7 +1193,8 @@ def test_the_table_in_the_picture_has_a_line_for_a_token():
     head, *lines = picture.heads_table(heads, ["X", "Y"]).splitlines()
     assert "adds to X" in head and head.index("attention") < head.index("adds") < head.index("values")
     assert [line.split() for line in lines if "by head" in line] == [
-        ["by", "head", f"0.{h}", *map(str, range(10, 10 + picture.VALUES))] for h in range(picture.HEADS)]
+        ["by", "head", f"{h}", "of", "block", "0", *map(str, range(10, 10 + picture.VALUES))]
+        for h in range(picture.HEADS)]
     rows = [line.split() for line in lines if "by head" not in line]
     assert [token for token, *_ in rows] == [f"t{i}" for i in range(1, picture.ROWS + 1)] * picture.HEADS
     listed = tokens[1:picture.ROWS + 1] * picture.HEADS
