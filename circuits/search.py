@@ -295,12 +295,16 @@ class Removal:
         return False
 
     def mend(self):
-        """Edges of ablated values that are removed come back, as far as the target allows it."""
-        whole = self.gates.clone()
-        whole[[self.nodes.nodes + e for e in self.nodes.cut(whole)]] = 1
-        if (loss := self.loss(whole, self.contexts)) <= self.target:
-            self.gates = whole
-            self.path[-1][2] = loss
+        """Removed edges come back unless they join two kept nodes: while these are ablated, they change
+        nothing but where they read an ablated value, and there they stay removed if the target wants it."""
+        whole, cut = self.gates.clone(), self.nodes.cut(self.gates)
+        whole[self.nodes.nodes:][~self.nodes.joined(whole)] = 1
+        loss = self.loss(whole, self.contexts)
+        if loss > self.target:
+            whole[[self.nodes.nodes + e for e in cut]] = 0
+            loss = self.loss(whole, self.contexts)
+        self.gates = whole
+        self.path[-1][2] = loss
 
 
 def needed(nodes, gates, contexts, target, fit=True):

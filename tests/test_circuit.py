@@ -478,6 +478,32 @@ def test_what_is_not_needed_is_removed(known):
     assert all(loss <= 0.15 for *_, loss in path[1:])
     assert search.loss_at(inside, contexts, needed, fit=False) == path[-1][2]
     assert count(inside, needed)["edges"] == 3
+    assert needed[inside.nodes:][~inside.joined(needed)].eq(1).all()
+
+
+def test_edges_of_ablated_values_stay_removed_only_for_the_target():
+    """All other edges of ablated nodes, here of one that the MLP reads, come back, and change nothing."""
+    model = tiny_model().eval().requires_grad_(False)
+    contexts = Contexts(some_tokens(40, 8), torch.full((40,), 7), torch.tensor([[3, 5], [5, 3]] * 20))
+    nodes = Nodes(model, *means_over(model, some_tokens(30, 8)))
+    nodes = nodes.with_edges([edge[:4] for edge in nodes.edges_in(torch.ones(nodes.nodes))])
+    gates = torch.ones(nodes.number)
+    for e, (a, i, _, o) in enumerate(nodes.edges):
+        gates[nodes.nodes + e] = not (i == 0 and a in ("0.attn.attn_v", "0.mlp.mlp_in"))
+    for site in ("0.attn.attn_v", "0.mlp.mlp_in"):
+        nodes.split(gates)[site][0] = 0
+    cut = nodes.cut(gates)
+    back = gates.clone()
+    back[nodes.nodes:] = 1
+    losses = [search.loss_at(nodes, contexts, g, False) for g in (gates, back)]
+    assert cut and losses[0] != losses[1]
+    for target, stays in ((max(losses), False), (losses[0] if losses[0] < losses[1] else 0.0, True)):
+        circuit = search.Removal(nodes, gates, contexts, target, False)
+        circuit.mend()
+        off = (circuit.gates[nodes.nodes:] == 0).nonzero()[:, 0].tolist()
+        assert off == (cut if stays else [])
+        assert circuit.path[-1][2] == search.loss_at(nodes, contexts, circuit.gates, False)
+        assert circuit.path[-1][2] == pytest.approx(losses[0 if stays else 1], abs=1e-6)
 
 
 def test_what_is_not_needed_is_found_behind_what_is(known, monkeypatch):
