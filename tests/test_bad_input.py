@@ -132,7 +132,7 @@ BAD_INPUTS = [
     # settings: test_configurator.py has what is wrong with them one by one
     ("train.py tiny.py --n_layr=2", "n_layer"),
     ("train.py tiny.py --n_layer=two", "expected int"),
-    ("train.py tiny.py --n_layer", "--key=value"),
+    ("train.py tiny.py --n_layer", "--n_layer=VALUE"),
     ("train.py missing.py", "missing.py"),
     ("train.py tiny.py bad.py", "n_layer", file("bad.py", "n_layr = 2")),
     ("train.py tiny.py bad.py", "learning_rate", file("bad.py", "learning_rate = float('nan')")),
