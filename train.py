@@ -52,7 +52,7 @@ activation_sparsity_locations = ",".join(NODE_LOCATIONS)  # any of model.LOCATIO
 # weight sparsity
 target_l0_fraction = 1 / 64  # of the entries of every matrix stay nonzero; 1.0 trains dense
 sparsity_anneal_start_fraction = 0.01  # of training; until here the model is dense
-sparsity_anneal_end_fraction = 0.5  # of training; from here on L0 is the target; 1: not even at the last update
+sparsity_anneal_end_fraction = 0.5  # of training; from here on L0 is the target; 1: at no update
 min_weights_per_neuron = 4  # the paper's j; 0 switches it off
 sparsify_biases = True
 # optimizer
