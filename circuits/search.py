@@ -267,8 +267,11 @@ class Removal:
         return there[costs.argsort(stable=True)].tolist()
 
     def without(self, candidates):
+        """Gates without these. Removed edges of what is ablated come back: its mean is what they pass, and
+        of a value more than that."""
         less = self.gates.clone()
         less[list(candidates)] = 0
+        less[self.nodes.nodes:][~self.nodes.joined(less)] = 1
         return less
 
     def by_measure(self, candidates, contexts):
@@ -294,17 +297,19 @@ class Removal:
                 return True
         return False
 
-    def mend(self):
-        """Removed edges come back unless they join two kept nodes: while these are ablated, they change
-        nothing but where they read an ablated value, and there they stay removed if the target wants it."""
-        whole, cut = self.gates.clone(), self.nodes.cut(self.gates)
-        whole[self.nodes.nodes:][~self.nodes.joined(whole)] = 1
-        loss = self.loss(whole, self.contexts)
-        if loss > self.target:
-            whole[[self.nodes.nodes + e for e in cut]] = 0
-            loss = self.loss(whole, self.contexts)
-        self.gates = whole
-        self.path[-1][2] = loss
+    def drop_idle(self):
+        """A value whose edges are all removed does nothing, but its edges would come back without it. So it
+        goes and they stay removed."""
+        kept = {edge[:2] for edge in self.nodes.edges_in(self.gates)}
+        for site, channels in self.nodes.kept(self.gates).items():
+            for channel in channels if site.endswith("attn_v") else ():
+                less = self.gates.clone()
+                self.nodes.split(less)[site][channel] = 0
+                if (site, channel) not in kept and less[:self.nodes.nodes].any():
+                    loss = self.loss(less, self.contexts)
+                    if loss <= self.target:
+                        self.gates = less
+                        self.note(loss)
 
 
 def needed(nodes, gates, contexts, target, fit=True):
@@ -328,7 +333,7 @@ def needed(nodes, gates, contexts, target, fit=True):
         cheapest = list(circuit.by_measure(order, circuit.some))[:MEASURED]
         if not circuit.take_of(circuit.by_measure(cheapest, contexts)):
             break
-    circuit.mend()
+    circuit.drop_idle()
     return (*fold(circuit), circuit.path)
 
 

@@ -481,29 +481,24 @@ def test_what_is_not_needed_is_removed(known):
     assert needed[inside.nodes:][~inside.joined(needed)].eq(1).all()
 
 
-def test_edges_of_ablated_values_stay_removed_only_for_the_target():
-    """All other edges of ablated nodes, here of one that the MLP reads, come back, and change nothing."""
+def test_a_value_without_edges_goes_and_they_stay_removed():
+    """Though with them, at its mean, the circuit would miss the target; a value with an edge stays."""
     model = tiny_model().eval().requires_grad_(False)
     contexts = Contexts(some_tokens(40, 8), torch.full((40,), 7), torch.tensor([[3, 5], [5, 3]] * 20))
     nodes = Nodes(model, *means_over(model, some_tokens(30, 8)))
     nodes = nodes.with_edges([edge[:4] for edge in nodes.edges_in(torch.ones(nodes.nodes))])
     gates = torch.ones(nodes.number)
-    for e, (a, i, _, o) in enumerate(nodes.edges):
-        gates[nodes.nodes + e] = not (i == 0 and a in ("0.attn.attn_v", "0.mlp.mlp_in"))
-    for site in ("0.attn.attn_v", "0.mlp.mlp_in"):
-        nodes.split(gates)[site][0] = 0
-    cut = nodes.cut(gates)
-    back = gates.clone()
-    back[nodes.nodes:] = 1
-    losses = [search.loss_at(nodes, contexts, g, False) for g in (gates, back)]
-    assert cut and losses[0] != losses[1]
-    for target, stays in ((max(losses), False), (losses[0] if losses[0] < losses[1] else 0.0, True)):
-        circuit = search.Removal(nodes, gates, contexts, target, False)
-        circuit.mend()
-        off = (circuit.gates[nodes.nodes:] == 0).nonzero()[:, 0].tolist()
-        assert off == (cut if stays else [])
-        assert circuit.path[-1][2] == search.loss_at(nodes, contexts, circuit.gates, False)
-        assert circuit.path[-1][2] == pytest.approx(losses[0 if stays else 1], abs=1e-6)
+    value = nodes.places["0.attn.attn_v"]
+    mine = [e for e, edge in enumerate(nodes.edges) if edge[:2] == ("0.attn.attn_v", 0)]
+    gates[[nodes.nodes + e for e in mine]] = 0
+    target = search.loss_at(nodes, contexts, gates, False) + 1e-6
+    circuit = search.Removal(nodes, gates, contexts, target, False)
+    back = circuit.without([value])
+    assert back[nodes.nodes:].all() and abs(search.loss_at(nodes, contexts, back, False) - target) > 1e-5
+    circuit.drop_idle()
+    assert circuit.gates[value] == 0 and nodes.cut(circuit.gates) == mine
+    assert circuit.gates[:nodes.nodes].sum() == nodes.nodes - 1
+    assert circuit.path[-1][2] == search.loss_at(nodes, contexts, circuit.gates, False) <= target
 
 
 def test_what_is_not_needed_is_found_behind_what_is(known, monkeypatch):
