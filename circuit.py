@@ -170,7 +170,7 @@ def main():
         "task": name, "answers": [loaded.tokenizer.decode([i]) for i in pair], "answer_ids": pair,
         "model": loaded.path, "dataset": loaded.dataset, "step": loaded.step, "target_loss": target,
         "nodes": inside.kept(gates), "edges": [edge[:4] for edge in inside.edges_in(gates)],
-        "cut": [inside.edges[e] for e in inside.cut(gates)],
+        "cut": inside.cut(gates),
         "means": {site: x.tolist() for site, x in inside.ablated.items()},
         "reads": {site: x.tolist() for site, x in inside.mean_reads.items() if site.endswith("attn_v")},
         "fit": fit, "scale": fitted[0], "shift": fitted[1], "whole_train_loss": whole, "curve": path,

@@ -232,9 +232,13 @@ def help_of(settings, known):
     """A script's docstring, and its settings with their comments, as they stand in its file."""
     with open(settings["__file__"], encoding="utf-8") as f:
         lines = f.read().split("\ndef ")[0].splitlines()
-    flags = [f"--{line.replace(' = ', '=', 1)}" if line.partition(" = ")[0] in known else line
-             for line in lines if line.partition(" = ")[0] in known or re.match("# +[a-z]", line)]
-    return "\n".join([settings["__doc__"], *flags])
+    listed = [settings["__doc__"]]
+    for line in lines:
+        if line.partition(" = ")[0] in known:
+            listed.append(f"--{line.replace(' = ', '=', 1)}")
+        elif re.match("# +[a-z]", line):
+            listed.append(line)
+    return "\n".join(listed)
 
 
 def closest(key, known):

@@ -39,12 +39,19 @@ def fitted(nodes, gates, choosing, judging):
     return result(apply_fit(nodes.judge(judging, gates), judging.sides(), scale, shift))
 
 
-def last_token_alone(train, contexts):
-    """Logits (n, 2) of how often train has each answer after the last token, as if both were as frequent."""
+def shares_before(train, answers):
+    """Of each of these tokens, a list, how often train has each token before it, as a share: token -> array
+    of 2**16. Each costs a pass over train."""
     before, after, shares = train[:-1], train[1:], {}
-    for answer in contexts.answers.unique().tolist():
+    for answer in answers:
         times = np.bincount(before[after == answer], minlength=2**16)
         shares[answer] = times / max(times.sum(), 1)
+    return shares
+
+
+def last_token_alone(shares, contexts):
+    """Logits (n, 2) of how often train has each answer after the last token, as if both were as frequent;
+    `shares` from `shares_before`."""
     rows = zip(contexts.last_tokens()[:, 0].tolist(), contexts.answers.tolist(), strict=True)
     found = torch.tensor([[shares[answer][last] for answer in pair] for last, pair in rows])
     found = found.to(contexts.idx.device)
@@ -71,8 +78,9 @@ def bigrams_alone(model, contexts):
 def of_the_last_token(model, train, choosing, judging, fit=True):
     """Results on `judging` of what knows the last token alone, with `fit` after a fit on `choosing`: name ->
     dict. What bigrams solve is no task for a circuit."""
-    found = {}
-    for name, alone, of in (("bigram_table", bigrams_alone, model), ("last_token", last_token_alone, train)):
+    found, answers = {}, torch.cat([choosing.answers, judging.answers]).unique().tolist()
+    for name, alone, of in (("bigram_table", bigrams_alone, model),
+                            ("last_token", last_token_alone, shares_before(train, answers))):
         scale_and_shift = fit_of(alone(of, choosing), choosing.sides()) if fit else (1.0, 0.0)
         found[name] = result(apply_fit(alone(of, judging), judging.sides(), *scale_and_shift))
     return found

@@ -188,12 +188,11 @@ class Nodes:
         return rest
 
     def cut(self, gates):
-        """The numbers of those of `edges` that are removed, the node read being an ablated value and the
-        other kept: with the kept nodes and `edges_in` they are all of a circuit."""
-        of_value = torch.tensor([edge[0].endswith("attn_v") for edge in self.edges], dtype=torch.bool)
+        """Those of `edges` that are removed, the node read being an ablated value and the other kept: with
+        the kept nodes and `edges_in` they are all of a circuit."""
         ends = gates[self.ends] != 0
-        cut = of_value.to(self.device) & (gates[self.nodes:] == 0) & ~ends[:, 0] & ends[:, 1]
-        return cut.nonzero()[:, 0].tolist()
+        off = (gates[self.nodes:] == 0) & ~ends[:, 0] & ends[:, 1]
+        return [self.edges[e] for e in off.nonzero()[:, 0].tolist() if self.edges[e][0].endswith("attn_v")]
 
     def removals(self, gates):
         """For each Linear with some of `edges` a function of its input and output that removes these."""

@@ -300,16 +300,17 @@ class Removal:
     def drop_idle(self):
         """A value whose edges are all removed does nothing, but its edges would come back without it. So it
         goes and they stay removed."""
-        kept = {edge[:2] for edge in self.nodes.edges_in(self.gates)}
-        for site, channels in self.nodes.kept(self.gates).items():
-            for channel in channels if site.endswith("attn_v") else ():
-                less = self.gates.clone()
-                self.nodes.split(less)[site][channel] = 0
-                if (site, channel) not in kept and less[:self.nodes.nodes].any():
-                    loss = self.loss(less, self.contexts)
-                    if loss <= self.target:
-                        self.gates = less
-                        self.note(loss)
+        read = {edge[:2] for edge in self.nodes.edges_in(self.gates)}
+        values = [(site, c) for site, channels in self.nodes.kept(self.gates).items() for c in channels
+                  if site.endswith("attn_v")]
+        for site, channel in values:
+            less = self.gates.clone()
+            self.nodes.split(less)[site][channel] = 0
+            if (site, channel) in read or not less[:self.nodes.nodes].any():
+                continue
+            if (loss := self.loss(less, self.contexts)) <= self.target:
+                self.gates = less
+                self.note(loss)
 
 
 def needed(nodes, gates, contexts, target, fit=True):

@@ -410,7 +410,7 @@ def test_removing_an_edge_is_what_editing_the_weight_does(sinks):
     cut[nodes.nodes:] = 0
     of_values = [e for e, edge in enumerate(chosen) if edge[0].endswith("attn_v")]
     assert nodes.cut(lone) == [] and nodes.cut(cut) == [
-        e for e in of_values if chosen[e][:2] not in {edge[2:] for edge in chosen}]
+        chosen[e] for e in of_values if chosen[e][:2] not in {edge[2:] for edge in chosen}]
     assert not torch.allclose(nodes.logits(contexts, lone), nodes.logits(contexts, cut), atol=1e-5)
 
     means, reads = plain_means(model, some_tokens(5, 8))
@@ -496,7 +496,7 @@ def test_a_value_without_edges_goes_and_they_stay_removed():
     back = circuit.without([value])
     assert back[nodes.nodes:].all() and abs(search.loss_at(nodes, contexts, back, False) - target) > 1e-5
     circuit.drop_idle()
-    assert circuit.gates[value] == 0 and nodes.cut(circuit.gates) == mine
+    assert circuit.gates[value] == 0 and nodes.cut(circuit.gates) == [nodes.edges[e] for e in mine]
     assert circuit.gates[:nodes.nodes].sum() == nodes.nodes - 1
     assert circuit.path[-1][2] == search.loss_at(nodes, contexts, circuit.gates, False) <= target
 
@@ -767,7 +767,8 @@ def test_the_last_token_alone_is_counted_with_both_answers_as_frequent():
     """0 is followed by 5 twice and by 6 once, but 6 is twice as frequent in all."""
     train = np.array([0, 5, 0, 5, 1, 6, 1, 6, 1, 6, 0, 6])
     contexts = Contexts(torch.tensor([[0], [1]]), torch.tensor([0, 0]), torch.tensor([[5, 6], [5, 6]]))
-    share = asked.last_token_alone(train, contexts).softmax(-1)
+    shares = asked.shares_before(train, contexts.answers.unique().tolist())
+    share = asked.last_token_alone(shares, contexts).softmax(-1)
     np.testing.assert_allclose(share[0], [1 / 1.25, 0.25 / 1.25], atol=1e-4)
     assert share[1, 0] < 1e-4
 
