@@ -20,6 +20,7 @@ LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # penalti
 FIRST = 1e-2  # of these
 STABLE = 1.1  # times the fewest nodes: of the penalties that come as near, the least depends less on luck
 AROUND = 8  # sizes below that of the bisection that are tried too
+SHARES = (0.25, 0.5, 0.75, 1)  # of what the loss may rise, one after another: what costs little goes first
 MEASURED = 16  # candidates of least estimated cost that are tried one by one, before some go together
 QUICKLY = 128  # contexts on which they are tried; what is removed is tried on all
 CANDIDATES, NEAR = 2, 1.3  # so many circuits, of at most so many times the fewest nodes, lose what is idle
@@ -275,8 +276,10 @@ class Removal:
         return less
 
     def by_measure(self, candidates, contexts):
-        """The loss on these contexts without each of the candidates, a dict, the least first."""
-        losses = {c: self.loss(self.without([c]), contexts) for c in candidates}
+        """The loss without each of the candidates, a dict, the least first: that on all contexts now, and by
+        how much the loss on these rises."""
+        ahead = self.path[-1][2] - self.loss(self.gates, contexts)
+        losses = {c: self.loss(self.without([c]), contexts) + ahead for c in candidates}
         return {c: losses[c] for c in sorted(losses, key=losses.get)}
 
     def take_of(self, losses):
@@ -319,21 +322,27 @@ def needed(nodes, gates, contexts, target, fit=True):
     gates for both, and the path: [nodes, edges, loss], ....
 
     In each round the candidates of least estimated cost are measured alone, on some of the contexts; as many
-    of the cheapest go together as the target allows on all. When not even one of them may go, all candidates
-    are measured so, the cheapest of them on all contexts, and the search ends if none may go. Many
-    candidates, as a dense model has, first go in large bites by their estimates alone. Nodes that are
+    of the cheapest go together as the target allows on all. The loss may first rise by a quarter of what the
+    target allows, or one bite would use up all of it. When at last not even one of them may go, all
+    candidates are measured so, the cheapest of them on all contexts, and the search ends if none may go.
+    Many candidates, as a dense model has, first go in large bites by their estimates alone. Nodes that are
     constant in what is left are folded into the biases.
     """
     circuit = Removal(nodes, gates, contexts, target, fit)
-    while order := circuit.candidates():
-        large = [len(order) // part for part in (2, 4, 8) if len(order) // part > MEASURED]
-        if large and circuit.take(order, large):
-            continue
-        if circuit.take_of(circuit.by_measure(order[:MEASURED], circuit.some)):
-            continue
-        cheapest = list(circuit.by_measure(order, circuit.some))[:MEASURED]
-        if not circuit.take_of(circuit.by_measure(cheapest, contexts)):
-            break
+    allowed = target - circuit.path[0][2]
+    for share in SHARES:
+        circuit.target = target - (1 - share) * allowed
+        while order := circuit.candidates():
+            large = [len(order) // part for part in (2, 4, 8) if len(order) // part > MEASURED]
+            if large and circuit.take(order, large):
+                continue
+            if circuit.take_of(circuit.by_measure(order[:MEASURED], circuit.some)):
+                continue
+            if share < 1:
+                break
+            cheapest = list(circuit.by_measure(order, circuit.some))[:MEASURED]
+            if not circuit.take_of(circuit.by_measure(cheapest, contexts)):
+                break
     circuit.drop_idle()
     return (*fold(circuit), circuit.path)
 

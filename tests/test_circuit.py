@@ -751,6 +751,44 @@ def test_what_would_miss_the_target_stays(known):
     assert len(circuit.candidates()) == 4 + 2  # of a node that is gone the edge is none
 
 
+def test_some_contexts_say_by_how_much_the_loss_rises(known, monkeypatch):
+    """Though it is far higher on these than on all, as where they alone miss the target."""
+    nodes, contexts = nodes_of(known), some_contexts(64, seed=1)
+    gates = gates_of(nodes, KNOWN)
+    contexts.answers[:4] = contexts.answers[:4].flip(1)
+    monkeypatch.setattr(search, "QUICKLY", 16)
+    circuit = search.Removal(nodes, gates, contexts, 0.15, fit=False)
+    some, query = circuit.some, nodes.places["0.attn.attn_q"]
+
+    def loss(of, gates):
+        return search.loss_at(circuit.nodes, of, gates, fit=False)
+
+    assert loss(some, circuit.gates) > 2 * loss(contexts, circuit.gates)
+    less = circuit.without([query])
+    rise = loss(some, less) - loss(some, circuit.gates)
+    assert circuit.by_measure([query], some)[query] == pytest.approx(loss(contexts, circuit.gates) + rise)
+
+
+def test_the_loss_rises_by_quarters(known, monkeypatch):
+    """What costs little goes before the whole of what is allowed may be used up."""
+    nodes, contexts = nodes_of(known), some_contexts(64, seed=1)
+    gates, targets, take = gates_of(nodes, KNOWN), [], search.Removal.take
+    gates[torch.randperm(nodes.number, generator=torch.Generator().manual_seed(1))[:30]] = 1
+
+    def noted(circuit, *args):
+        targets.append(circuit.target)
+        went = take(circuit, *args)
+        assert circuit.path[-1][2] <= circuit.target
+        return went
+
+    monkeypatch.setattr(search.Removal, "take", noted)
+    *_, path = search.needed(nodes, gates, contexts, 0.15, fit=False)
+    begun = path[0][2]
+    assert list(dict.fromkeys(targets)) == pytest.approx(
+        [begun + share * (0.15 - begun) for share in (0.25, 0.5, 0.75, 1)])
+    assert targets[-1] == 0.15 and path[-1][:2] == [5, 3]
+
+
 def test_the_last_node_stays(known):
     """A target that nothing misses takes all nodes but one, though it may be constant and its edges gone."""
     nodes, contexts = nodes_of(known), some_contexts(64, seed=1)
