@@ -329,7 +329,7 @@ def needed(nodes, gates, contexts, target, fit=True):
     constant in what is left are folded into the biases.
     """
     circuit = Removal(nodes, gates, contexts, target, fit)
-    allowed = target - circuit.path[0][2]
+    allowed = max(target - circuit.path[0][2], 0)  # of more nodes the loss may be above the target
     for share in SHARES:
         circuit.target = target - (1 - share) * allowed
         while order := circuit.candidates():
@@ -366,8 +366,8 @@ def fold(circuit):
 
 def smallest(nodes, runs, choosing, target, fit=True):
     """Of the circuits that were found those with the fewest nodes, less what they do not need; of these the
-    one with the fewest edges, then nodes: the run, Nodes, gates and path. What is not needed is removed from
-    more nodes than the fewest too: then there is more to choose from."""
+    one with the fewest edges, then nodes, that reaches the target: the run, Nodes, gates and path. What is
+    not needed is removed from more nodes than the fewest too: then there is more to choose from."""
     reached = sorted((run for run in runs if run["nodes"]), key=lambda run: run["nodes"])
     if not reached:
         best = min(run["lowest_loss"] for run in runs)
@@ -387,7 +387,7 @@ def smallest(nodes, runs, choosing, target, fit=True):
         print(f"needed | from {more:g} x the fewest: {were['nodes']} nodes, {were['weights']} weights -> "
               f"{path[-1][0]} nodes, {path[-1][1]} edges | loss {path[-1][2]:.3f} on train | "
               f"{time.perf_counter() - begun:.0f} s", flush=True)
-    return min(found, key=lambda parts: parts[3][-1][1::-1])
+    return min(found, key=lambda parts: (parts[3][-1][2] > target, *parts[3][-1][1::-1]))
 
 
 def costs_of(nodes, gates, choosing, loss, fit=True):

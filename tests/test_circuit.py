@@ -645,15 +645,15 @@ def test_of_the_circuits_found_the_one_with_fewest_edges_is_taken(known, capsys)
 
 
 def test_fewer_edges_count_before_fewer_nodes(known, monkeypatch):
-    """Of what is left of the circuits, not of what they were."""
-    sizes = iter([([9, 1], [5, 10]), ([9, 9], [7, 3]), ([9, 9], [6, 3]), ([9, 9], [8, 3])])
-    monkeypatch.setattr(search, "needed", lambda nodes, gates, *_: (
-        nodes, gates, [[*size, 0.1] for size in next(sizes)]))
+    """Of what is left of the circuits, not of what they were; and none counts that misses the target."""
+    paths = iter([([9, 1, 0.1], [5, 10, 0.1]), ([9, 9, 0.1], [7, 3, 0.1]), ([9, 9, 0.1], [6, 3, 0.1]),
+                  ([9, 9, 0.2], [5, 2, 0.16])])
+    monkeypatch.setattr(search, "needed", lambda nodes, gates, *_: (nodes, gates, next(paths)))
     nodes = nodes_of(known)
     runs = [{"nodes": 9, "gates": torch.full((nodes.number,), i / 2), "order": list(range(nodes.number))}
             for i in (1, 2)]
     *_, path = search.smallest(nodes, runs, some_contexts(4), 0.15)
-    assert path[-1] == [6, 3, 0.1] and next(sizes, None) is None
+    assert path[-1] == [6, 3, 0.1] and next(paths, None) is None
 
 
 @pytest.mark.parametrize("fit", [True, False])
@@ -787,6 +787,17 @@ def test_the_loss_rises_by_quarters(known, monkeypatch):
     assert list(dict.fromkeys(targets)) == pytest.approx(
         [begun + share * (0.15 - begun) for share in (0.25, 0.5, 0.75, 1)])
     assert targets[-1] == 0.15 and path[-1][:2] == [5, 3]
+
+
+def test_what_begins_above_the_target_goes_no_way_but_below_it(known):
+    """More nodes than the fewest may miss the target: then nothing is taken that misses it too."""
+    nodes, contexts = nodes_of(known), some_contexts(64, seed=1)
+    _, _, [(*size, least)] = search.needed(nodes, gates_of(nodes, KNOWN), contexts, 0.0, fit=False)
+    assert size == [5, 3] and least > 0
+    gates = gates_of(nodes, KNOWN)
+    nodes.split(gates)["0.attn.attn_k"][:] = -1  # it looks away: the loss is far above
+    *_, path = search.needed(nodes, gates, contexts, 0.15, fit=False)
+    assert path[0][2] > 0.15 and all(loss <= 0.15 for *_, loss in path[1:])
 
 
 def test_the_last_node_stays(known):
