@@ -204,7 +204,7 @@ class Nodes:
             def remove(x, y, lost=lost, ins=ins, outs=outs, mean=self.mean_reads[read][ins]):
                 x = (x[..., ins] - mean).unflatten(0, (*off.shape[:-1], -1))  # the same parts as in `logits`
                 change = torch.einsum("...nti,...oi->...nto", x, lost).flatten(0, off.dim() - 1)
-                return y.index_add_(-1, outs, change, alpha=-1)
+                return y.index_add(-1, outs, change, alpha=-1)
             found.append((linear, remove))
         return found
 

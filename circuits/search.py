@@ -20,7 +20,7 @@ LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # penalti
 FIRST = 1e-2  # of these
 STABLE = 1.1  # times the fewest nodes: of the penalties that come as near, the least depends less on luck
 AROUND = 8  # sizes below that of the bisection that are tried too
-SHARES = (0.25, 0.5, 0.75, 1)  # of what the loss may rise, one after another: what costs little goes first
+SHARES = (0.25, 0.5, 0.75, 1)  # of the rise that is allowed, in turn: what costs little goes first
 MEASURED = 16  # candidates of least estimated cost that are tried one by one, before some go together
 QUICKLY = 128  # contexts on which they are tried; what is removed is tried on all
 CANDIDATES, NEAR = 2, 1.3  # so many circuits, of at most so many times the fewest nodes, lose what is idle
@@ -232,7 +232,8 @@ def estimated_costs(nodes, contexts, gates, fit=True):
 
 
 class Removal:
-    """A circuit that gets smaller: Nodes with its edges, and gates of both."""
+    """A circuit that gets smaller: Nodes with its edges, and gates of both. The last of its path, [nodes,
+    edges, loss], ..., has the loss of these gates on all contexts."""
 
     def __init__(self, nodes, gates, contexts, target, fit):
         self.nodes, self.gates = nodes, gates
@@ -245,8 +246,8 @@ class Removal:
         self.note(self.loss(self.gates, self.contexts))
 
     def loss(self, gates, contexts):
-        """The loss of other gates. If they differ from self.gates only after the last block's attention has
-        read, what it reads is not computed again."""
+        """The loss with these gates. If they differ from self.gates only after the last block's attention
+        has read, what it reads is not computed again."""
         known = None
         if torch.equal(gates[self.early], self.gates[self.early]):
             before, known = self.known.get(contexts is self.some, (None, None))
@@ -268,23 +269,27 @@ class Removal:
         return there[costs.argsort(stable=True)].tolist()
 
     def without(self, candidates):
-        """Gates without these. Removed edges of what is ablated come back: its mean is what they pass, and
+        """Gates without these. Removed edges of what they ablate come back: its mean is what they pass, and
         of a value more than that."""
         less = self.gates.clone()
         less[list(candidates)] = 0
-        less[self.nodes.nodes:][~self.nodes.joined(less)] = 1
+        less[self.nodes.nodes:][self.nodes.joined(self.gates) & ~self.nodes.joined(less)] = 1
         return less
 
+    def allows(self, loss):
+        """Whether a smaller circuit may have this loss: at most the target, or what it is now if above."""
+        return loss <= max(self.target, self.path[-1][2])
+
     def by_measure(self, candidates, contexts):
-        """The loss without each of the candidates, a dict, the least first: that on all contexts now, and by
-        how much the loss on these rises."""
-        ahead = self.path[-1][2] - self.loss(self.gates, contexts)
-        losses = {c: self.loss(self.without([c]), contexts) + ahead for c in candidates}
+        """What the loss on all contexts would be without each of the candidates, a dict, the least first:
+        the loss now, and the rise that is measured on these contexts."""
+        difference = self.path[-1][2] - self.loss(self.gates, contexts)
+        losses = {c: self.loss(self.without([c]), contexts) + difference for c in candidates}
         return {c: losses[c] for c in sorted(losses, key=losses.get)}
 
     def take_of(self, losses):
         """Remove of those that may go alone, of `by_measure`, as many as may together; whether any went."""
-        cheap = [c for c, loss in losses.items() if loss <= self.target]
+        cheap = [c for c, loss in losses.items() if self.allows(loss)]
         return self.take(cheap, [n for n in (16, 8, 4, 2, 1) if n <= len(cheap)])
 
     def take(self, candidates, sizes):
@@ -294,7 +299,7 @@ class Removal:
             if not less[:self.nodes.nodes].any():  # a node stays, to be shown
                 continue
             loss = self.loss(less, self.contexts)
-            if loss <= self.target:
+            if self.allows(loss):
                 self.gates = less
                 self.note(loss)
                 return True
@@ -317,20 +322,20 @@ class Removal:
 
 
 def needed(nodes, gates, contexts, target, fit=True):
-    """Remove edges and nodes from a circuit while its loss on `contexts` is at most `target`. It is given by
-    the gates of its nodes, or is what this returned for a stricter target. Returns Nodes with its edges,
-    gates for both, and the path: [nodes, edges, loss], ....
+    """Remove edges and nodes from a circuit while its loss on `contexts` is at most `target`, or, where it
+    begins above that, does not rise. It is given by the gates of its nodes, or is what this returned for a
+    stricter target. Returns Nodes with its edges, gates for both, and the path: [nodes, edges, loss], ....
 
     In each round the candidates of least estimated cost are measured alone, on some of the contexts; as many
-    of the cheapest go together as the target allows on all. The loss may first rise by a quarter of what the
-    target allows, or one bite would use up all of it. When at last not even one of them may go, all
-    candidates are measured so, the cheapest of them on all contexts, and the search ends if none may go.
-    Many candidates, as a dense model has, first go in large bites by their estimates alone. Nodes that are
-    constant in what is left are folded into the biases.
+    of the cheapest go together as the target allows on all. The loss may rise by a quarter of what is
+    allowed, then by half, and so on, so that no single bite uses up all of it. In the last of these steps,
+    when none of those measured may go, all candidates are measured so, and the cheapest of them on all
+    contexts; the search ends if none of these may go. Many candidates, as a dense model has, first go in
+    large bites by their estimates alone. Nodes that are constant in what is left are folded into the biases.
     """
     circuit = Removal(nodes, gates, contexts, target, fit)
-    allowed = max(target - circuit.path[0][2], 0)  # of more nodes the loss may be above the target
-    for share in SHARES:
+    allowed = max(target - circuit.path[0][2], 0)  # 0 where more nodes than the fewest miss the target
+    for share in SHARES if allowed else SHARES[-1:]:
         circuit.target = target - (1 - share) * allowed
         while order := circuit.candidates():
             large = [len(order) // part for part in (2, 4, 8) if len(order) // part > MEASURED]
@@ -354,8 +359,7 @@ def fold(circuit):
     for site, x in nodes.activations(circuit.contexts, gates).items():
         still = x.var(0, correction=0) <= CONSTANT * x.square().mean(0)
         for channel in (still & (nodes.split(gates)[site] != 0)).nonzero()[:, 0].tolist():
-            less = gates.clone()
-            nodes.split(less)[site][channel] = 0
+            less = circuit.without([nodes.places[site] + channel])
             folded = nodes.with_value(site, channel, x[:, channel].mean().item())
             loss = loss_at(folded, circuit.contexts, less, circuit.fit)
             if loss <= circuit.target and less[:nodes.nodes].any():  # a node stays, to be shown
@@ -365,9 +369,9 @@ def fold(circuit):
 
 
 def smallest(nodes, runs, choosing, target, fit=True):
-    """Of the circuits that were found those with the fewest nodes, less what they do not need; of these the
-    one with the fewest edges, then nodes, that reaches the target: the run, Nodes, gates and path. What is
-    not needed is removed from more nodes than the fewest too: then there is more to choose from."""
+    """The smallest circuit: what is not needed is removed from those of the runs with the fewest nodes, and
+    from some more nodes, as then there is more to choose from. Of what is left, where it reaches the target,
+    the one with the fewest edges, then nodes, is taken: its run, Nodes, gates and path."""
     reached = sorted((run for run in runs if run["nodes"]), key=lambda run: run["nodes"])
     if not reached:
         best = min(run["lowest_loss"] for run in runs)
