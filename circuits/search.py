@@ -294,31 +294,30 @@ class Removal:
 
     def take(self, candidates, sizes):
         """Remove the first of `candidates`, as many of `sizes` as the target allows; whether any went."""
-        for size in sizes:
-            less = self.without(candidates[:size])
-            if not less[:self.nodes.nodes].any():  # a node stays, to be shown
-                continue
-            loss = self.loss(less, self.contexts)
-            if self.allows(loss):
-                self.gates = less
-                self.note(loss)
-                return True
-        return False
+        return any(self.go_to(self.without(candidates[:size])) for size in sizes)
+
+    def go_to(self, less):
+        """Take these gates in place of its own, if a node is left, to be shown, and their loss is allowed;
+        whether it did."""
+        if not less[:self.nodes.nodes].any():
+            return False
+        loss = self.loss(less, self.contexts)
+        if not self.allows(loss):
+            return False
+        self.gates = less
+        self.note(loss)
+        return True
 
     def drop_idle(self):
         """A value whose edges are all removed does nothing, but its edges would come back without it. So it
         goes and they stay removed."""
         read = {edge[:2] for edge in self.nodes.edges_in(self.gates)}
-        values = [(site, c) for site, channels in self.nodes.kept(self.gates).items() for c in channels
-                  if site.endswith("attn_v")]
-        for site, channel in values:
+        idle = [(site, c) for site, channels in self.nodes.kept(self.gates).items() for c in channels
+                if site.endswith("attn_v") and (site, c) not in read]
+        for site, channel in idle:
             less = self.gates.clone()
-            self.nodes.split(less)[site][channel] = 0
-            if (site, channel) in read or not less[:self.nodes.nodes].any():
-                continue
-            if (loss := self.loss(less, self.contexts)) <= self.target:
-                self.gates = less
-                self.note(loss)
+            less[self.nodes.places[site] + channel] = 0
+            self.go_to(less)
 
 
 def needed(nodes, gates, contexts, target, fit=True):
