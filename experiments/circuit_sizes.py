@@ -118,12 +118,14 @@ def read_rows(path):
 
 
 def add(path, columns, rows):
-    """Append rows to a CSV, whichever process comes first."""
-    with open(path, "a", encoding="utf-8", newline="") as f:
+    """Append rows to a CSV, whichever process comes first, and after a torn one on a line of their own."""
+    with open(path, "a+", encoding="utf-8", newline="") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
-        writer = csv.DictWriter(f, columns)
-        if f.seek(0, os.SEEK_END) == 0:
+        writer, size = csv.DictWriter(f, columns), f.seek(0, os.SEEK_END)
+        if size == 0:
             writer.writeheader()
+        elif os.pread(f.fileno(), 1, size - 1) != b"\n":
+            f.write("\n")
         writer.writerows(rows)
 
 

@@ -360,6 +360,16 @@ def tasks_here(trained, small_search, monkeypatch):
     monkeypatch.setattr(circuit_sizes, "Source", lambda loaded: Source(loaded, 60, 32, 40))
 
 
+def test_a_row_after_a_torn_one_has_a_line_of_its_own(tmp_path):
+    """What a full disk cut off is lost, what is added later is not."""
+    path = str(tmp_path / "rows.csv")
+    circuit_sizes.add(path, ("a", "b"), [{"a": 1, "b": 2}])
+    with open(path, "a", encoding="utf-8") as f:
+        f.write("3")
+    circuit_sizes.add(path, ("a", "b"), [{"a": 4, "b": 5}])
+    assert circuit_sizes.read_rows(path) == [{"a": "1", "b": "2"}, {"a": "4", "b": "5"}]
+
+
 def test_a_job_adds_what_is_missing(tasks_here, monkeypatch):
     """A row for each mask and target; a job that was stopped goes on after its last mask."""
     circuit_sizes.run_job("", 1, ("one",))
