@@ -11,16 +11,8 @@ logits were fitted on others.
 import torch
 
 from circuits import load
-from circuits.search import (
-    Search,
-    apply_fit,
-    estimated_costs,
-    first_of,
-    fit_of,
-    learn_masks,
-    loss_at,
-    loss_of,
-)
+from circuits.controls import fitted
+from circuits.search import Search, estimated_costs, first_of, learn_masks, loss_at, loss_of
 from circuits.tasks import Source, read_task
 from configurator import check_rules, configure, ends_explained, fail
 
@@ -61,25 +53,19 @@ def orders_of(nodes, learning):
             for name, tries in importance.items()}
 
 
-def judged(nodes, gates, choosing, judging):
-    """Loss on `judging`, its logits fitted on `choosing`."""
-    fit = fit_of(nodes.judge(choosing, gates), choosing.sides())
-    return loss_of(apply_fit(nodes.judge(judging, gates), judging.sides(), *fit)).mean().item()
-
-
 def print_task(nodes, source, spec):
     learning, choosing, judging = source.three_sets(spec)
     numbers = [int(size) for size in sizes.split(",")]
     ones = torch.ones(nodes.number, device=nodes.device)
-    print(f"\n{spec['name']}: whole model {judged(nodes, ones, choosing, judging):.3f}, no node "
-          f"{judged(nodes, 0 * ones, choosing, judging):.3f}\n\n| nodes | "
+    whole, none = (fitted(nodes, gates, choosing, judging)["loss"] for gates in (ones, 0 * ones))
+    print(f"\n{spec['name']}: whole model {whole:.3f}, no node {none:.3f}\n\n| nodes | "
           + " | ".join(map(str, numbers)) + " |\n|---|" + "---|" * len(numbers), flush=True)
     for name, orders in orders_of(nodes, learning).items():
         row = []
         for size in numbers:  # the best of several tries by what does not judge
             best = min((first_of(order, size) for order in orders),
                        key=lambda gates: loss_at(nodes, choosing, gates))
-            row.append(f"{judged(nodes, best, choosing, judging):.3f}")
+            row.append(f"{fitted(nodes, best, choosing, judging)['loss']:.3f}")
         print(f"| {name} | " + " | ".join(row) + " |", flush=True)
 
 
