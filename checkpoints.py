@@ -270,7 +270,7 @@ def start_circuit(out_dir, name, identity):
             if any(earlier.get(key) != value for key, value in identity.items()):
                 aside = unused(f"{folder}.previous-")
                 os.rename(folder, aside)
-                print(f"an earlier circuit, of another checkpoint, task or ablation, is now in {aside}")
+                print(f"an earlier circuit, of another checkpoint, task or search, is now in {aside}")
         os.makedirs(folder, exist_ok=True)
         write_atomically(os.path.join(folder, "writable"), "")
         os.remove(os.path.join(folder, "writable"))

@@ -209,7 +209,7 @@ def draw_nodes(axis, record, at):
         elif location == "mlp_neuron":
             label = f"neuron {channel}"
         query = f"{site[:-1]}q"
-        if location == "attn_k" and int(channel) not in record["nodes"].get(query, []):
+        if location == "attn_k" and f"{query}.{channel}" not in shown["spread"]:  # of all kept ones
             label += f"\nits query stays at {record['means'][query][int(channel)]:+.1f}"
         axis.text(x, y, label, fontsize=8, ha="center", va="center", zorder=3,
                   bbox={"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "0.3"})
@@ -256,8 +256,8 @@ def heads_table(heads, answers):
 
 
 def strongest(record):
-    """The record with its STRONGEST edges alone, and the nodes that these and the answers need; and how many
-    edges are left out."""
+    """The record with its STRONGEST edges alone and the nodes that these join; and how many edges are left
+    out."""
     shown = record["picture"]
     if len(shown["edges"]) <= STRONGEST:
         return record, 0

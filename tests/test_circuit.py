@@ -21,7 +21,7 @@ import torch
 from checkpoints import load_checkpoint, model_of
 from circuits import controls as asked
 from circuits import page, picture, report, search
-from circuits.figures import save
+from circuits.figures import new_figure, save
 from circuits.nodes import Contexts, Nodes, count, hooks, means_over, node_sites, survival
 from circuits.tasks import joined_otherwise, path_of, read_task
 from conftest import REPO, read, run, tree
@@ -1263,6 +1263,24 @@ def test_of_a_large_circuit_the_strongest_edges_are_drawn(monkeypatch):
         "answer_edges": [[o, 6, 1, 1.0]]}} and left_out == 2
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_query_that_is_not_drawn_is_not_called_constant(kept, monkeypatch):
+    """Of a kept key the picture says what its query stays at, unless that varies: also where the query's own
+    edges are too weak to be drawn."""
+    a, q, k = (f"0.attn.attn_{name}" for name in ("in", "q", "k"))
+    edges = [[a, 0, k, 3, 2.0], *[[a, 0, q, 3, 1.0]] * kept]
+    nodes = {a: [0], k: [3], **({q: [3]} if kept else {})}
+    record = {"nodes": nodes, "means": {q: [0.0, 0.0, 0.0, 1.5]}, "picture": {
+        "edges": edges, "stream": [], "answer_edges": [], "d_head": 4, "extremes": {}, "tokens": {},
+        "spread": {f"{site}.{c}": 1.0 for site, channels in nodes.items() for c in channels}}}
+    monkeypatch.setattr(picture, "STRONGEST", 1)
+    shown, _ = picture.strongest(record)
+    _, axis = new_figure(4, 4)
+    picture.draw_nodes(axis, shown, picture.place_nodes(shown))
+    drawn = [text.get_text() for text in axis.texts if text.get_text().startswith("key")]
+    assert drawn == ["key 3, head 0" + "\nits query stays at +1.5" * (not kept)]
+
+
 def test_the_table_in_the_picture_has_a_line_for_a_token():
     """Share of attention, what it adds to the first answer, values; of few heads, tokens and channels. A
     token that adds nothing comes last."""
@@ -1602,16 +1620,22 @@ def test_contexts_contain_what_the_task_asks_for(task):
 
 
 def test_another_circuit_of_the_same_name_is_moved_aside(task, capsys):
-    """Of another checkpoint, task file or ablation; the same search again replaces what it found."""
+    """Of another checkpoint, task file, target or setting of the search; the same search again replaces what
+    it found, with fewer controls and without its page too."""
     task(answers=["r", "t"], target_loss=5.0)
     first = circuit_of_task()
     assert circuit_of_task() == first and os.listdir("out/circuits") == ["task"]
+    circuit_of_task("--page=False")
+    assert os.listdir("out/circuits") == ["task"]
     circuit_of_task("--ablation=zero")
     assert json.loads(read("out/circuits/task.previous-1/circuit.json"))["sha256"] == first["sha256"]
     task(answers=["r", "t"], target_loss=4.0)
     circuit_of_task("--ablation=zero")
     assert sorted(os.listdir("out/circuits")) == ["task", "task.previous-1", "task.previous-2"]
     assert "is now in out/circuits/task.previous-2" in capsys.readouterr().out
+    for n, other in enumerate(("--target_loss=4.5", "--seed=1", "--fit=False"), start=3):
+        circuit_of_task(f"--ablation=zero {other}")
+        assert os.path.exists(f"out/circuits/task.previous-{n}")
 
 
 def test_a_folder_that_cannot_be_written_is_noticed_before_the_search(task, capsys):
