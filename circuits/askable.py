@@ -121,8 +121,8 @@ def told_apart(loaded):
 
 
 def measured(loaded, nodes, spec):
-    """What circuit.py would find of a task before it searches: a dict of the columns. Raises ValueError, in
-    one sentence, if there are too few contexts."""
+    """What circuit.py would find of a task before it searches: a dict of the columns, and the Contexts to
+    judge by. Raises ValueError, in one sentence, if there are too few contexts."""
     source = Source(loaded, learning=2 * FEWEST, choosing=CONTEXTS, judging=CONTEXTS, seed=seed)
     _, choosing, judging = source.three_sets(spec)
     ones = torch.ones(nodes.number, device=nodes.device)

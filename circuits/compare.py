@@ -89,7 +89,7 @@ class Correlation:
 
 def read(run, idx):
     """What a model makes of idx (n, T): site -> (n, T, channels), and for each block, as "0 head", what its
-    heads attend to, (n, T * T, n_head)."""
+    heads attend to, (n, T * (T + 1) / 2, n_head)."""
     seen = {}
     with hooks([(module, lambda x, name=name: seen.update({name: x})) for name, module in
                 node_sites(run.model).items()]):
@@ -119,6 +119,7 @@ def correlations(a, b, asked):
     site -> (names of the other's, matrix, [matrix with the other's windows exchanged, ...])."""
     sums, names = {}, {}
     idx, real = texts_of(a, b)
+    query = torch.ones(idx.size(1), idx.size(1)).tril().nonzero()[:, 0]  # of each entry of a head
     for rows in torch.arange(len(idx)).split(BATCH):
         mine, theirs = read(a.run, idx[rows]), read(b.run, idx[rows].to(b.run.process.device))
         for site, channels in asked.items():
@@ -127,7 +128,7 @@ def correlations(a, b, asked):
             names[site] = [(other, c) for other in others for c in range(theirs[other].size(-1))]
             y = torch.cat([theirs[other] for other in others], dim=-1).to(idx.device)
             x = mine[site][..., channels]
-            counts = real[rows] if kind != "head" else real[rows].new_ones(x.shape[:2])
+            counts = real[rows] if kind != "head" else real[rows][:, query]
             for roll in (0, *(r for r in ROLLS if r % len(rows))):
                 both = counts & counts.roll(roll, 0)
                 sums.setdefault((site, roll), Correlation()).add(x[both], y.roll(roll, 0)[both])

@@ -186,7 +186,7 @@ def rest_otherwise(nodes, gates, contexts, text, fit, seed):
     n, last = len(contexts), contexts.last.cpu()
     order = last.argsort(descending=True, stable=True)
     no_shorter = (last >= last[:, None]).sum(1)  # so many contexts, the first of this order
-    step = 1 + (torch.rand(n, generator=generator) * (no_shorter - 1)).long()  # so that none is its own
+    step = 1 + (torch.rand(n, generator=generator) * (no_shorter - 1)).long()  # none is its own, if it can
     others = contexts[order[(order.argsort() + step) % no_shorter].to(nodes.device)]
     rows = torch.randint(len(text), (n,), generator=generator).to(nodes.device)
     texts = replace(contexts, idx=text.idx[rows, -contexts.idx.size(1):])
@@ -435,7 +435,7 @@ def warnings_of(nodes, runs, chosen, gates, sets, loss, target):
 
 
 def drawn_anew(model, seed):
-    """The same model, its weights drawn anew and pruned to as many."""
+    """The same model, its weights drawn anew and pruned to as many, or to what a floor of 4 needs."""
     torch.manual_seed(seed)
     new = GPT(model.config).to(next(model.parameters()).device).eval().requires_grad_(False)
     matrices = model.decayed_parameters()

@@ -24,7 +24,7 @@ import torch
 import configurator
 import runs
 from checkpoints import opened_beside
-from circuits.nodes import Nodes, hooks, matrices, means_over, node_sites
+from circuits.nodes import Nodes, hooks, matrices, means_over, no_hooks, node_sites
 from model import GPT, attention_weights
 from tokenizer import load_tokenizer, one_token, spell, tokenizer_in
 
@@ -114,8 +114,9 @@ class Loaded:
         return starts, runs.windows(tokens, starts, T, self.process)[0]
 
     def means_over_train(self, windows=WINDOWS):
-        """What `means_over` makes of windows of train. It is kept beside the checkpoint, by whose sha256 it
-        is named, and made anew if the weights or the text are others, as of a model that was changed."""
+        """What `means_over` makes of windows of train, without hooks. It is kept beside the checkpoint, by
+        whose sha256 it is named, and made anew if the weights or the text are others, as of a model that was
+        changed."""
         _, idx = self.evenly_spaced("train", windows)
         weights = digest_of(self.model)
         made_of = weights + hashlib.sha256(idx.cpu().numpy().tobytes()).hexdigest()
@@ -128,7 +129,8 @@ class Loaded:
                                  for kind in KINDS)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass  # there is none, or it is broken
-        means = means_over(self.model, idx)
+        with no_hooks(self.model):  # as of `frozen`
+            means = means_over(self.model, idx)
         if weights == self.weights:
             arrays = {f"{kind}/{name}": x.cpu().numpy() for kind, of in zip(KINDS, means, strict=True)
                       for name, x in of.items()}

@@ -82,6 +82,20 @@ def hooks(pairs, before=False, both=False):
             handle.remove()
 
 
+@contextmanager
+def no_hooks(model):
+    """Meanwhile no hook of the model acts, whoever set it."""
+    there = [(of, dict(of)) for module in model.modules()
+             for of in (module._forward_hooks, module._forward_pre_hooks) if of]
+    for of, _ in there:
+        of.clear()
+    try:
+        yield
+    finally:
+        for of, were in there:
+            of.update(were)
+
+
 @torch.no_grad()
 def means_over(model, idx, size=64):
     """Means over all positions of idx (n, T), AbsTopK on: site -> (channels), and one more dict of the same.
@@ -331,15 +345,10 @@ def linears(model):
 
 def matrices(model):
     """What joins two nodes: (site read, site written, weight (written, read), bias (written) or None)."""
-    for i, block in enumerate(model.transformer.h):
-        attn, mlp = block.attn, block.mlp
-        weights = attn.c_attn.weight.chunk(3)
-        biases = [None] * 3 if attn.c_attn.bias is None else attn.c_attn.bias.chunk(3)
-        for name, weight, bias in zip("qkv", weights, biases, strict=True):
-            yield f"{i}.attn.attn_in", f"{i}.attn.attn_{name}", weight, bias
-        yield f"{i}.attn.attn_v", f"{i}.attn.attn_out", attn.c_proj.weight, attn.c_proj.bias
-        yield f"{i}.mlp.mlp_in", f"{i}.mlp.mlp_neuron", mlp.c_fc.weight, mlp.c_fc.bias
-        yield f"{i}.mlp.mlp_neuron", f"{i}.mlp.mlp_out", mlp.c_proj.weight, mlp.c_proj.bias
+    for linear, read, rows in linears(model):
+        biases = [None] * len(rows) if linear.bias is None else linear.bias.chunk(len(rows))
+        for written, weight, bias in zip(rows, linear.weight.chunk(len(rows)), biases, strict=True):
+            yield read, written, weight, bias
 
 
 def weights_between(model, kept):

@@ -97,7 +97,10 @@ class Circuit:
         edge = (read, i, written, o)
         if edge not in [there[:4] for there in self.edges]:
             raise ValueError(f"there is no edge from {read} {i} to {written} {o} in it: see its `edges`")
-        return self.less(self.nodes.nodes + self.nodes.edges.index(edge))
+        nodes, gates = self.nodes, self.gates
+        if edge not in nodes.edges:  # it is one of the rest of the model
+            nodes, gates = nodes.with_edges([*nodes.edges, edge]), torch.cat([gates, gates.new_ones(1)])
+        return replace(self, nodes=nodes, gates=gates).less(nodes.nodes + nodes.edges.index(edge))
 
     def less(self, place):
         gates = self.gates.clone()

@@ -394,7 +394,8 @@ def smallest(nodes, runs, choosing, target, fit=True):
 
 
 def costs_of(nodes, gates, choosing, loss, fit=True):
-    """By how much the loss of the circuit rises when one edge, or one node, of it is removed."""
+    """By how much the loss of the circuit rises when one edge, or one node, of it is removed. What was
+    removed before stays so; of a node that goes, `needed` brings back the removed edges."""
     def cost(place):
         less = gates.clone()
         less[place] = 0

@@ -23,7 +23,7 @@ import runs
 from checkpoints import load_checkpoint
 from circuits import Circuit, askable, compare, load, load_circuit, search
 from circuits.controls import loss_of
-from circuits.nodes import hooks
+from circuits.nodes import Contexts, hooks, means_over
 from circuits.search import estimated_costs
 from circuits.tasks import Source
 from configurator import UserError, settings_of
@@ -362,6 +362,23 @@ def test_means_are_computed_once_and_kept_beside_the_checkpoint(quickstart, monk
     path.rmdir()
 
 
+def test_means_are_those_of_the_model_whatever_hooks_it_has(quickstart):
+    """Also while nodes are frozen, so that what is kept beside the checkpoint is right; the hooks act on."""
+    nodes = {"0.attn.attn_v": list(range(64))}
+    path = Path(f"out/quickstart/means-{quickstart.sha256[:16]}-41.npz")
+    expected = means_over(quickstart.model, quickstart.evenly_spaced("train", 41)[1])
+    before = quickstart.read(IDS)[0]
+    with quickstart.frozen(nodes, at=5.0):
+        frozen = quickstart.read(IDS)[0]
+        found = quickstart.nodes(windows=41)
+        assert torch.equal(quickstart.read(IDS)[0], frozen) and not torch.equal(frozen, before)
+    again = load("out/quickstart").nodes(windows=41)
+    for one in (found, again):
+        assert all(torch.equal(one.means[site], x) for site, x in expected[0].items())
+        assert all(torch.equal(one.mean_reads[site], x) for site, x in expected[1].items())
+    path.unlink()
+
+
 def test_a_model_is_opened_from_any_folder(folder, tmp_path, monkeypatch, library, capsys):
     """By the path of its out_dir or its checkpoint; its data is in data/ here or of the repository."""
     monkeypatch.chdir(tmp_path)
@@ -438,6 +455,20 @@ def test_a_circuit_loses_a_node_an_edge_or_all(saved):
         none.minus(site, channel)
     with pytest.raises(ValueError, match="there is no edge from"):
         less.minus_edge(*edge)
+
+
+def test_the_rest_of_the_model_loses_an_edge(saved):
+    """One that is none of the circuit's."""
+    rest, ids = saved.without(), IDS
+    edges = rest.edges
+    edge = next(edge for edge in edges if edge[2].endswith("attn_q"))
+    less = rest.minus_edge(*edge)
+    assert set(edges) - set(less.edges) == {edge} and edge not in saved.edges
+    nodes = saved.nodes.with_edges([edge[:4]])
+    gates = torch.cat([1 - saved.gates[:nodes.nodes], torch.zeros(1)])
+    expected = Circuit(saved.run, saved.record, nodes, gates).logits(ids)
+    assert not torch.equal(rest.logits(ids), less.logits(ids))
+    torch.testing.assert_close(less.logits(ids), expected)
 
 
 def test_a_circuit_reads_any_text(saved):
@@ -641,6 +672,23 @@ def test_a_model_with_its_neurons_and_heads_exchanged_matches_itself(saved, monk
     assert {key: row["match"] for key, row in found.items()} == expected
     assert all(row["r"] == pytest.approx(1, abs=1e-4) and not row["in_circuit"] for row in found.values())
     assert all(row["exchanged"] < 0.8 for key, row in found.items() if "head" not in key[0])
+
+
+def test_padding_is_no_part_of_what_is_alike(saved, monkeypatch):
+    """Of contexts of different lengths, nodes and heads are compared at their own tokens alone."""
+    contexts = Contexts.of([(IDS, [1, 2]), (IDS[:3], [1, 2]), (IDS[1:5], [1, 2])])
+    monkeypatch.setattr(compare, "text", "task")
+    monkeypatch.setattr(Circuit, "contexts", lambda _: contexts)
+    asked = {"0.head": [1], "0.mlp.mlp_neuron": [5]}
+    found = compare.correlations(saved, saved, asked)
+    parts = [compare.read(saved.run, contexts.idx[[row], :last + 1])
+             for row, last in enumerate(contexts.last.tolist())]
+    for site, [column] in asked.items():
+        whole = torch.cat([part[site][0] for part in parts]).double().numpy()
+        r = [np.corrcoef(whole[:, column], other)[0, 1] if other.std() > 1e-8 else 0 for other in whole.T]
+        names, matrix, _ = found[site]
+        at = [i for i, (other, _) in enumerate(names) if other == site]
+        np.testing.assert_allclose(matrix[0, at].numpy(), r, atol=1e-5)
 
 
 def test_two_circuits_of_one_model_share_what_both_have(saved, monkeypatch, capsys):
