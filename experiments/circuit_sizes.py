@@ -392,12 +392,12 @@ def figure(path, **labels):
     save(figure, path)
 
 
-def draw_means(axis, x, values, label):
+def draw_means(axis, x, values, label, color=None):
     """A line through the geometric means of values, a list for each x, with bars over each list."""
     middle = np.array([geometric_mean(some) for some in values])
     least, most = (np.array([end(some) for some in values]) for end in (min, max))
     bars = [(middle - least).clip(0), (most - middle).clip(0)]  # less than 0 by rounding, if all are alike
-    axis.errorbar(x, middle, bars, marker="o", markersize=4, capsize=3, label=label)
+    axis.errorbar(x, middle, bars, marker="o", markersize=4, capsize=3, label=label, color=color)
 
 
 def draw_targets(found, compared):

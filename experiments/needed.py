@@ -56,7 +56,9 @@ unseen = ""  # a folder of data/ with files that the models have not seen, prepa
 
 MODELS = {label: flags for label, flags in (circuit_sizes.MODELS | circuit_sizes.SAME_LOSS).items()
           if "fewer steps" not in label}  # those are the training of another, cut short
+COLORS = {label: f"C{i}" for i, label in enumerate((*circuit_sizes.MODELS, *circuit_sizes.SAME_LOSS))}
 TARGETS = (0.05, 0.15, 0.3, 0.5)
+STRICTEST = {"for_if": 0.3, "quotes": 0.3}  # of these tasks, as few models as wholes reach a stricter one
 FAITHFUL = (0.15, 0.3)  # targets at which a circuit is compared with its model
 SHUFFLED_TASKS = ("single_double_quote",)  # in which a model of shuffled weights is searched too, at 0.15
 MASK_SEEDS = 2
@@ -190,9 +192,10 @@ def search_one(nodes, masks, sets, target_loss, fit, seed, before=None):
 
 def run_job(flags, seed, task):
     """Train a model if need be, and add to the CSV what it lacks of the circuits of a task: fitted, raw."""
+    targets = [t for t in TARGETS if t >= STRICTEST.get(task, 0)]
     there = [int(row["fit"]) for row in circuit_sizes.read_rows(record)
              if (row["flags"], row["seed"], row["task"]) == (flags, str(seed), task)]
-    missing = [fit for fit in (True, False) if there.count(fit) < len(TARGETS)]
+    missing = [fit for fit in (True, False) if there.count(fit) < len(targets)]
     if not missing:
         return
     begun = time.process_time()
@@ -208,7 +211,7 @@ def run_job(flags, seed, task):
     masks = learned(nodes, sets)
     for fit in missing:
         rows, circuit = [], None
-        for t in TARGETS:
+        for t in targets:
             found, circuit = search_one(nodes, masks, sets, t, fit, seed, circuit)
             if circuit and fit and t in FAITHFUL:
                 inside, left, parameters, mask = circuit
@@ -249,8 +252,8 @@ class Found:
     def fewest(self, column, task, flags, seed, t, fit):
         """The least weights or needed edges with which a target was reached: a circuit that reaches a
         stricter one counts too. None counts as one, for the logarithm."""
-        rows = [self.rows[task, flags, seed, stricter, fit] for stricter in TARGETS if stricter <= t]
-        return min(max(int(row[column]), 1) for row in rows if row["nodes"])
+        rows = [self.rows.get((task, flags, seed, stricter, fit)) for stricter in TARGETS if stricter <= t]
+        return min(max(int(row[column]), 1) for row in rows if row and row["nodes"])
 
     def sizes(self, column, flags, t, fit, tasks):
         """The geometric mean of these over tasks, for each seed."""
@@ -311,7 +314,7 @@ def draw(found):
         for place, (label, flags) in enumerate(MODELS.items()):
             sizes = [found.sizes(column, flags, t, 1, found.reached(t, 1)) for t in targets]
             beside = 1.02 ** (place - len(MODELS) // 2)  # so that no bar hides another
-            draw_means(axis, [t * beside for t in targets], sizes, label)
+            draw_means(axis, [t * beside for t in targets], sizes, label, COLORS.get(label))
         axis.set(yscale="log", xscale="log", title=words, xlabel="target loss of the circuit, in nats")
         axis.set_xticks(targets, [f"{t:g}\n{len(found.reached(t, 1))} tasks" for t in targets])
         axis.minorticks_off()

@@ -527,6 +527,18 @@ def test_a_job_of_needed_edges_adds_what_is_missing(one_task, monkeypatch):
     needed.run_job("", 1, "one")
 
 
+def test_a_task_may_have_no_strict_target(one_task, monkeypatch):
+    """Then it is neither searched for nor missed, and circuits of the other targets are all that count."""
+    monkeypatch.setattr(needed, "STRICTEST", {"one": 0.6})
+    needed.run_job("", 1, "one")
+    rows = circuit_sizes.read_rows(needed.record)
+    assert [(row["target_loss"], row["fit"]) for row in rows] == [("0.6", "1"), ("0.6", "0")]
+    expected = int(rows[0]["needed_edges"])
+    assert needed.Found(rows).fewest("needed_edges", "one", "", 1, 0.6, 1) == max(expected, 1)
+    monkeypatch.setattr(needed, "load", None)
+    needed.run_job("", 1, "one")
+
+
 def test_edges_that_go_by_chance_are_as_many(one_task, monkeypatch):
     """As many as asked for, other ones each time, and no node."""
     run = needed.load("out", device="cpu")
