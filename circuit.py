@@ -151,8 +151,8 @@ def main():
     spec, *contexts = all_contexts(loaded)
     name, target = spec["name"], target_loss or spec["target_loss"]
     (learning, choosing, judging), (_, hard), _ = contexts
-    identity = {"sha256": loaded.sha256, "task_sha256": spec["sha256"], "target_loss": target,
-                "search": {name: globals()[name] for name in FIND}}
+    identity = {"sha256": loaded.sha256, "dataset": loaded.dataset, "task_sha256": spec["sha256"],
+                "target_loss": target, "search": {name: globals()[name] for name in FIND}}
     nodes = loaded.nodes(ablation, mean_windows)
     whole = asked.check_able(name, nodes, loaded.data.train, choosing, target, fit,
                              joined_otherwise(spec, loaded.tokenizer))
@@ -173,7 +173,7 @@ def main():
     print("".join(f"warning: {line}\n" for line in warned), end="")
     record = identity | {
         "task": name, "answers": [loaded.tokenizer.decode([i]) for i in pair], "answer_ids": pair,
-        "model": loaded.path, "dataset": loaded.dataset, "step": loaded.step, "ablation": ablation,
+        "model": loaded.path, "step": loaded.step, "ablation": ablation,
         "nodes": inside.kept(gates), "edges": [edge[:4] for edge in inside.edges_in(gates)],
         "cut": inside.cut(gates),
         "means": {site: x.tolist() for site, x in inside.ablated.items()},

@@ -118,14 +118,16 @@ def read_rows(path):
 
 
 def add(path, columns, rows):
-    """Append rows to a CSV, whichever process comes first, and after a torn one on a line of their own."""
+    """Append rows to a CSV, whichever process comes first. What was torn off at its end goes."""
     with open(path, "a+", encoding="utf-8", newline="") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
-        writer, size = csv.DictWriter(f, columns), f.seek(0, os.SEEK_END)
-        if size == 0:
+        f.seek(0)
+        text = f.read()
+        whole = text[:text.rfind("\n") + 1]
+        f.truncate(len(whole.encode()))
+        writer = csv.DictWriter(f, columns)
+        if not whole:
             writer.writeheader()
-        elif os.pread(f.fileno(), 1, size - 1) != b"\n":
-            f.write("\n")
         writer.writerows(rows)
 
 

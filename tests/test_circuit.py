@@ -1633,8 +1633,10 @@ def test_another_circuit_of_the_same_name_is_moved_aside(task, capsys):
     circuit_of_task("--ablation=zero")
     assert sorted(os.listdir("out/circuits")) == ["task", "task.previous-1", "task.previous-2"]
     assert "is now in out/circuits/task.previous-2" in capsys.readouterr().out
+    flags = "--ablation=zero"
     for n, other in enumerate(("--target_loss=4.5", "--seed=1", "--fit=False"), start=3):
-        circuit_of_task(f"--ablation=zero {other}")
+        flags += f" {other}"
+        circuit_of_task(flags)
         assert os.path.exists(f"out/circuits/task.previous-{n}")
 
 

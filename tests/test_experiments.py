@@ -360,12 +360,13 @@ def tasks_here(trained, small_search, monkeypatch):
     monkeypatch.setattr(circuit_sizes, "Source", lambda loaded: Source(loaded, 60, 32, 40))
 
 
-def test_a_row_after_a_torn_one_has_a_line_of_its_own(tmp_path):
-    """What a full disk cut off is lost, what is added later is not."""
+@pytest.mark.parametrize("torn", ["", "3", "3,", "3,2"])
+def test_a_row_after_a_torn_one_has_a_line_of_its_own(torn, tmp_path):
+    """What a full disk cut off is lost, also within its last cell; what is added later is not."""
     path = str(tmp_path / "rows.csv")
     circuit_sizes.add(path, ("a", "b"), [{"a": 1, "b": 2}])
     with open(path, "a", encoding="utf-8") as f:
-        f.write("3")
+        f.write(torn)
     circuit_sizes.add(path, ("a", "b"), [{"a": 4, "b": 5}])
     assert circuit_sizes.read_rows(path) == [{"a": "1", "b": "2"}, {"a": "4", "b": "5"}]
 
